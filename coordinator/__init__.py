@@ -1,0 +1,1 @@
+"""The coordinator daemon: decides rounds and aggregates; never sees an image and never imports torch."""

@@ -1,0 +1,35 @@
+"""The table of built-in methods, and third-party ones found through the entry points `fedrt.methods`."""
+
+import difflib
+import json
+from importlib.metadata import entry_points
+
+from fedrt.errors import SpecError
+from fedrt.method import Method, parse_hyperparameters
+from fedrt.methods.promptfl import PromptFL
+from fedrt.methods.zeroshot import ZeroShot
+
+BUILT_IN: dict[str, type[Method]] = {method.name: method for method in (PromptFL, ZeroShot)}
+
+
+def method_names() -> list[str]:
+    """The names of all installed methods."""
+    return sorted({*BUILT_IN, *(point.name for point in entry_points(group="fedrt.methods"))})
+
+
+def find_method(name: str) -> type[Method]:
+    """The declaration of a method. Raises `SpecError` if it is not installed."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    for point in entry_points(group="fedrt.methods"):
+        if point.name == name:
+            loaded: type[Method] = point.load()
+            return loaded
+    close = difflib.get_close_matches(name, method_names(), 1)
+    hint = f"did you mean {close[0]!r}?" if close else f"installed are {method_names()}"
+    raise SpecError(f"method {name!r} is not installed; {hint}")
+
+
+def make_method(name: str, hyperparameters_json: str) -> Method:
+    """Build a method as an experiment names it. Raises `SpecError`."""
+    return parse_hyperparameters(find_method(name), json.loads(hyperparameters_json))

@@ -1,0 +1,193 @@
+"""What an experiment pins, as values: whoever holds an `ExperimentSpec` holds a valid one."""
+
+import enum
+import json
+import re
+from dataclasses import dataclass, field
+
+from fedrt.errors import SpecError
+from fedrt.method import Method, ModelDims
+from fedrt.methods import make_method
+from fedrt.tensors import TensorSpec
+
+NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+MAX_CLASSES = 100_000
+
+
+class Precision(enum.Enum):
+    """The arithmetic of local training."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class OptimizerName(enum.Enum):
+    """The local optimiser."""
+
+    SGD = "sgd"
+    ADAMW = "adamw"
+
+
+class Schedule(enum.Enum):
+    """How the learning rate moves over the whole experiment, not within a task."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
+
+
+class OnTooFew(enum.Enum):
+    """What happens to a round with fewer results than it needs."""
+
+    FAIL = "fail"
+    RETRY = "retry"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The frozen CLIP: every silo must hold weights with this digest (hex)."""
+
+    architecture: str
+    weights_sha256: str
+    context_dim: int
+    feature_dim: int
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[0-9a-f]{64}", self.weights_sha256):
+            raise SpecError(
+                f"model.weights_sha256 {self.weights_sha256!r} is not 64 hexadecimal digits; "
+                "`fedrt-silo model --config silo.yaml` prints the digest of a silo's weights"
+            )
+        if self.context_dim < 1 or self.feature_dim < 1:
+            raise SpecError("model.context_dim and model.feature_dim must be at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """The defaults of CoOp and of the federated papers' code."""
+
+    name: OptimizerName = OptimizerName.SGD
+    learning_rate: float = 0.002
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < float("inf"):
+            raise SpecError(f"training.optimizer.learning_rate is {self.learning_rate}; it must be positive")
+        if not 0 <= self.momentum < 1:
+            raise SpecError(f"training.optimizer.momentum is {self.momentum}; it must be in [0, 1)")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise SpecError(f"training.optimizer.weight_decay is {self.weight_decay}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """Local training in one round. The last, smaller batch of an epoch is used, not dropped."""
+
+    local_epochs: int = 1
+    batch_size: int = 32
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    schedule: Schedule = Schedule.CONSTANT
+    precision: Precision = Precision.FP32
+
+    def __post_init__(self) -> None:
+        if self.local_epochs < 1 or self.batch_size < 1:
+            raise SpecError("training.local_epochs and training.batch_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class RoundsSpec:
+    """Who takes part and for how long. Empty `silos` means all; no `min_results` means every asked silo."""
+
+    count: int
+    time_limit: float = 1800.0  # seconds
+    min_results: int | None = None
+    max_silos: int | None = None
+    silos: tuple[str, ...] = ()
+    on_too_few: OnTooFew = OnTooFew.FAIL
+    retries: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.count <= 1_000_000:
+            raise SpecError(f"rounds.count is {self.count}; it must be between 0 and 1000000")
+        if not 0 < self.time_limit <= 30 * 86400:
+            raise SpecError(f"rounds.time_limit is {self.time_limit} seconds; allowed are up to 30 days")
+        if self.min_results is not None and self.min_results < 1:
+            raise SpecError("rounds.min_results must be at least 1")
+        if self.max_silos is not None and self.max_silos < (self.min_results or 1):
+            raise SpecError("rounds.max_silos must not be below rounds.min_results")
+        if self.silos and (self.min_results or 0) > len(self.silos):
+            raise SpecError(f"rounds.min_results is {self.min_results}, but rounds.silos names only {len(self.silos)}")
+        for name in self.silos:
+            if not NAME.fullmatch(name):
+                raise SpecError(f"rounds.silos: {name!r} is not a silo name (1 to 63 of a-z, 0-9 and -)")
+        if len(set(self.silos)) != len(self.silos):
+            raise SpecError("rounds.silos names a silo twice")
+        if self.retries < 0:
+            raise SpecError("rounds.retries must not be negative")
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """Evaluate before the first round and after every `every` rounds; 0 means after the last only."""
+
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise SpecError("evaluation.every must not be negative")
+
+
+@dataclass(frozen=True)
+class LocalSpec:
+    """The part of an experiment that a silo needs; the same for every task of the experiment."""
+
+    method_name: str
+    hyperparameters_json: str
+    model: ModelSpec
+    classes: tuple[str, ...]
+    training: TrainingSpec
+    round_count: int
+
+    def __post_init__(self) -> None:
+        if not self.classes or len(self.classes) > MAX_CLASSES:
+            raise SpecError(f"classes holds {len(self.classes)} names; allowed are 1 to {MAX_CLASSES}")
+        if len(set(self.classes)) != len(self.classes):
+            twice = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise SpecError(f"classes names {twice!r} twice")
+        for name in self.classes:
+            if not name.strip() or len(name) > 200:
+                raise SpecError(f"classes: {name!r} is empty or longer than 200 characters")
+        try:
+            json.loads(self.hyperparameters_json)
+        except ValueError:
+            raise SpecError("the method's hyper-parameters are not JSON") from None
+
+    @property
+    def dims(self) -> ModelDims:
+        """What the method may know of CLIP."""
+        return ModelDims(self.model.context_dim, self.model.feature_dim, len(self.classes))
+
+    def method(self) -> Method:
+        """The installed method. Raises `SpecError` if it is not installed or its hyper-parameters are wrong."""
+        return make_method(self.method_name, self.hyperparameters_json)
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The declared tensors. Raises `SpecError` like `method`."""
+        return self.method().tensors(self.dims)
+
+
+@dataclass(frozen=True)
+class ExperimentSpec:
+    """One federated optimisation run, immutable."""
+
+    local: LocalSpec
+    rounds: RoundsSpec
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.local.round_count != self.rounds.count:
+            raise SpecError("the round count a silo is told differs from rounds.count")
+        if not 0 <= self.seed < 2**63:
+            raise SpecError("seed must be between 0 and 2**63 - 1")

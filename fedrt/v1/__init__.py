@@ -1,0 +1,1 @@
+"""Generated protocol code. Never edited by hand: `make proto` writes it."""

@@ -1,0 +1,1 @@
+"""The silo daemon: CLIP, data and private prompts stay here."""

@@ -1,0 +1,68 @@
+"""The contract between the daemon and its worker: an order goes in, an outcome or a `WorkError` comes out."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fedrt.spec import LocalSpec
+from fedrt.task import TaskKind
+from fedrt.tensors import Tensors
+
+OnProgress = Callable[[int, int], None]  # (steps done, steps planned or 0)
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """What the worker is to do. `private` is empty before the first accepted round of an experiment."""
+
+    task_id: str
+    experiment_id: str
+    kind: TaskKind
+    local: LocalSpec
+    round_number: int
+    seed: int
+    shared: Tensors
+    private: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WorkOutcome:
+    """`shared`: the delta (TRAIN), the values (INITIALIZE) or nothing (EVALUATE); `private`: new private values."""
+
+    shared: Tensors
+    private: Tensors
+    example_count: int
+    metrics: Mapping[str, float]
+    duration: float  # seconds
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What the worker holds: the model it loaded, where it runs, and the data it found."""
+
+    architecture: str
+    weights_sha256: str
+    context_dim: int
+    feature_dim: int
+    device: str  # for example "cuda:NVIDIA H200" or "cpu"
+    memory_bytes: int
+    class_counts: Mapping[str, Mapping[str, int]]  # split -> class name -> readable examples
+    unreadable_count: int
+
+    @property
+    def example_count(self) -> int:
+        """Training examples."""
+        return sum(self.class_counts.get("train", {}).values())
+
+
+class Worker(Protocol):
+    """Runs one order at a time, in another process so that its crash is a failed task."""
+
+    async def describe(self) -> WorkerReport:
+        """Load the model and the data index if that has not happened. Raises `ConfigurationError` if it cannot."""
+
+    async def run(self, order: WorkOrder, on_progress: OnProgress) -> WorkOutcome:
+        """Do the work. Raises `WorkError`. Cancelling the coroutine stops the work."""
+
+    async def stop(self) -> None:
+        """End the process, if there is one."""

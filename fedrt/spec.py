@@ -104,7 +104,7 @@ class RoundsSpec:
     min_results: int | None = None
     max_silos: int | None = None
     silos: tuple[str, ...] = ()
-    on_too_few: OnTooFew = OnTooFew.FAIL
+    on_too_few: OnTooFew = OnTooFew.RETRY
     retries: int = 2
 
     def __post_init__(self) -> None:

@@ -1,0 +1,146 @@
+"""What the coordinator writes down: results, checkpoints and events, as values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from coordinator.experiments import Experiment
+from fedrt.payload import TensorHeader
+from fedrt.task import TaskKind, Verdict
+
+
+@dataclass(frozen=True)
+class TensorsRef:
+    """Tensors kept in the blob store: their headers and the digest (hex) of their packed bytes."""
+
+    headers: tuple[TensorHeader, ...]
+    sha256: str
+
+    @property
+    def byte_count(self) -> int:
+        """The bytes of all tensors."""
+        return sum(header.byte_count for header in self.headers)
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """One task of one silo, from its offer on. `verdict` is None until its result is settled."""
+
+    task_id: str
+    experiment_id: str
+    silo_id: str
+    round_number: int
+    kind: TaskKind
+    attempt: int
+    verdict: Verdict | None = None
+    message: str = ""
+    example_count: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    work_duration: float = 0.0
+    tensors: TensorsRef | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What an experiment had learned after a round (0: the initial tensors). `memory` is the server rule's own."""
+
+    experiment_id: str
+    round_number: int
+    shared: TensorsRef
+    memory: TensorsRef | None = None
+
+
+@dataclass(frozen=True)
+class SiloRecord:
+    """A silo the coordinator has met."""
+
+    silo_id: str
+    software_version: str
+    device: str
+    methods: tuple[str, ...]
+    last_seen_time: float
+    connected: bool
+    draining: bool = False
+
+
+@dataclass(frozen=True)
+class ExperimentChanged:
+    """An experiment changed its state, stage or message."""
+
+    experiment_id: str
+    state: str
+    round_number: int
+    kind: TaskKind
+    message: str
+    end_time: float | None
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one silo contributed to a round."""
+
+    silo_id: str
+    example_count: int
+    metrics: Mapping[str, float]
+    work_duration: float
+    byte_count: int
+
+
+@dataclass(frozen=True)
+class RoundClosed:
+    """A round ended. `metrics` are means over the contributors, weighted by examples."""
+
+    experiment_id: str
+    round_number: int
+    kind: TaskKind
+    attempt: int
+    contributions: tuple[Contribution, ...]
+    absences: tuple[tuple[str, str], ...]
+    metrics: Mapping[str, float]
+    succeeded: bool
+    duration: float
+
+
+@dataclass(frozen=True)
+class SiloChanged:
+    """A silo connected, disconnected or began to drain."""
+
+    silo: SiloRecord
+
+
+Event = ExperimentChanged | RoundClosed | SiloChanged
+
+
+@dataclass(frozen=True)
+class NumberedEvent:
+    """An event with its place in the order of all events, and its time in Unix seconds."""
+
+    number: int
+    time: float
+    event: Event
+
+
+@dataclass
+class Changes:
+    """What one transaction writes; collected while the machines step, then committed at once."""
+
+    experiments: dict[str, Experiment] = field(default_factory=dict)
+    tasks: dict[str, TaskRecord] = field(default_factory=dict)
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    silos: dict[str, SiloRecord] = field(default_factory=dict)
+    blobs: dict[str, memoryview] = field(default_factory=dict)  # by hex digest
+    events: list[Event] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return any((self.experiments, self.tasks, self.checkpoints, self.silos, self.blobs, self.events))
+
+
+def mean_metrics(contributions: tuple[Contribution, ...]) -> dict[str, float]:
+    """Means weighted by examples, of each metric over the silos that report it; summed in order of the names."""
+    names = sorted({name for contribution in contributions for name in contribution.metrics})
+    means: dict[str, float] = {}
+    for name in names:
+        having = [c for c in contributions if name in c.metrics and c.example_count]
+        total = sum(c.example_count for c in having)
+        if total:
+            means[name] = sum(c.metrics[name] * c.example_count for c in having) / total
+    return means

@@ -1,0 +1,289 @@
+"""One round as a pure machine: who was asked, who answered, and when the answers are enough.
+
+Rules of the file:
+* `step` returns the next round and the effects. The driver makes the round durable, then performs the effects, and may
+  perform them again after a crash: each is idempotent.
+* Time is an argument. A lost connection is not an event; only answers, refusals, the deadline and orders move a round.
+
+                 +-- all settled, or deadline, with enough results --> AGGREGATING --aggregated--> CLOSED (succeeded)
+    begin -> COLLECTING
+                 +-- too few results possible, or deadline --------------------------------------> CLOSED (failed)
+
+An EVALUATE round skips AGGREGATING: it has nothing to aggregate.
+
+An ask: OFFERED --result--> RETURNED;  OFFERED --failure, refusal or deadline--> ABSENT. BUSY and DRAINING are not
+refusals for good: the ask stays OFFERED and is offered again later.
+"""
+
+import enum
+from dataclasses import dataclass, replace
+
+from fedrt.task import RefusalReason, TaskKind, Verdict
+
+REOFFER_DELAY = 2.0  # seconds until a busy silo is asked again
+
+
+class AskState(enum.Enum):
+    """How one silo's part in a round stands."""
+
+    OFFERED = "offered"
+    RETURNED = "returned"
+    ABSENT = "absent"
+
+
+class RoundPhase(enum.Enum):
+    """How a round stands."""
+
+    COLLECTING = "collecting"
+    AGGREGATING = "aggregating"
+    CLOSED = "closed"
+
+
+class Standing(enum.Enum):
+    """Whether a round can still succeed."""
+
+    PENDING = "pending"
+    ENOUGH = "enough"
+    LOST = "lost"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One silo asked for one task. `message` says why an absentee is absent."""
+
+    silo_id: str
+    task_id: str
+    state: AskState = AskState.OFFERED
+    message: str = ""
+    reoffer_time: float | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """One exchange with a set of silos. `absent` were wanted, but not asked: (silo, why)."""
+
+    number: int
+    kind: TaskKind
+    attempt: int
+    asks: tuple[Ask, ...]
+    needed: int
+    begin_time: float
+    deadline: float
+    absent: tuple[tuple[str, str], ...] = ()
+    phase: RoundPhase = RoundPhase.COLLECTING
+    succeeded: bool = False
+
+    def ask(self, task_id: str) -> Ask | None:
+        """The ask of a task, if it belongs to this round."""
+        return next((ask for ask in self.asks if ask.task_id == task_id), None)
+
+
+@dataclass(frozen=True)
+class ResultStored:
+    """A valid result is durable, or becomes so together with this step."""
+
+    task_id: str
+
+
+@dataclass(frozen=True)
+class ResultFailed:
+    """The silo reported a failure, or its result was invalid (`verdict` then says so)."""
+
+    task_id: str
+    message: str
+    verdict: Verdict = Verdict.ACCEPTED
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The silo does not take the task."""
+
+    task_id: str
+    reason: RefusalReason
+    message: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """The new shared tensors are durable, or become so together with this step."""
+
+
+@dataclass(frozen=True)
+class Withdrawn:
+    """The experiment no longer wants this round."""
+
+    message: str
+
+
+RoundEvent = ResultStored | ResultFailed | Refused | Tick | Aggregated | Withdrawn
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Offer this task to its silo, if it is connected; otherwise when it connects."""
+
+    silo_id: str
+    task_id: str
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Answer a result."""
+
+    silo_id: str
+    task_id: str
+    verdict: Verdict
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Tell the silo to abandon the task."""
+
+    silo_id: str
+    task_id: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Combine the stored results of these tasks and report `Aggregated`."""
+
+    task_ids: tuple[str, ...]
+
+
+RoundEffect = Offer | Settle | Cancel | Aggregate
+Effects = tuple[RoundEffect, ...]
+
+
+def standing(asks: tuple[Ask, ...], needed: int) -> Standing:
+    """Whether the asks can still give `needed` results, and whether more can come."""
+    returned = sum(ask.state is AskState.RETURNED for ask in asks)
+    offered = sum(ask.state is AskState.OFFERED for ask in asks)
+    if returned + offered < needed:
+        return Standing.LOST
+    return Standing.PENDING if offered else Standing.ENOUGH
+
+
+def step(round_: Round, event: RoundEvent, now: float) -> tuple[Round, Effects]:
+    """The next round and what is to be done, after it is durable."""
+    match event:
+        case ResultStored(task_id):
+            return _settle(round_, task_id, AskState.RETURNED, Verdict.ACCEPTED)
+        case ResultFailed(task_id, message, verdict):
+            return _settle(round_, task_id, AskState.ABSENT, verdict, message)
+        case Refused(task_id, reason, message):
+            return _refuse(round_, task_id, reason, message, now)
+        case Tick():
+            return _tick(round_, now)
+        case Aggregated():
+            if round_.phase is not RoundPhase.AGGREGATING:
+                return round_, ()
+            return replace(round_, phase=RoundPhase.CLOSED, succeeded=True), ()
+        case Withdrawn(message):
+            return _close_failed(round_, message)
+
+
+def resume(round_: Round) -> Effects:
+    """The effects to perform again after a restart; offers go out when their silos connect."""
+    if round_.phase is RoundPhase.AGGREGATING:
+        return (Aggregate(_returned_tasks(round_)),)
+    return ()
+
+
+def next_tick(round_: Round) -> float | None:
+    """When `Tick` can next change anything."""
+    if round_.phase is not RoundPhase.COLLECTING:
+        return None
+    times = [ask.reoffer_time for ask in round_.asks if ask.state is AskState.OFFERED and ask.reoffer_time is not None]
+    return min([round_.deadline, *times])
+
+
+def absentees(round_: Round) -> tuple[tuple[str, str], ...]:
+    """(silo, why) of everyone whose result did not count, by name."""
+    asked = [(ask.silo_id, ask.message or "no result") for ask in round_.asks if ask.state is not AskState.RETURNED]
+    return tuple(sorted([*round_.absent, *asked]))
+
+
+def _settle(round_: Round, task_id: str, state: AskState, verdict: Verdict, message: str = "") -> tuple[Round, Effects]:
+    ask = round_.ask(task_id)
+    if ask is None:
+        raise ValueError(f"task {task_id!r} does not belong to round {round_.number}")
+    if ask.state is AskState.RETURNED:
+        return round_, (Settle(ask.silo_id, task_id, Verdict.DUPLICATE),)
+    if ask.state is AskState.ABSENT or round_.phase is not RoundPhase.COLLECTING:
+        return round_, (Settle(ask.silo_id, task_id, Verdict.LATE, ask.message or "the round is closed"),)
+    settled = _with_ask(round_, replace(ask, state=state, message=message, reoffer_time=None))
+    decided, effects = _decide(settled)
+    return decided, (Settle(ask.silo_id, task_id, verdict, message), *effects)
+
+
+def _refuse(round_: Round, task_id: str, reason: RefusalReason, message: str, now: float) -> tuple[Round, Effects]:
+    ask = round_.ask(task_id)
+    if ask is None or ask.state is not AskState.OFFERED or round_.phase is not RoundPhase.COLLECTING:
+        return round_, ()
+    if reason is RefusalReason.DRAINING:
+        return round_, ()  # the silo comes back in a new session, and is then offered everything again
+    if reason is RefusalReason.BUSY:
+        return _with_ask(round_, replace(ask, reoffer_time=now + REOFFER_DELAY)), ()
+    text = f"refused ({reason.value}): {message}"
+    return _decide(_with_ask(round_, replace(ask, state=AskState.ABSENT, message=text)))
+
+
+def _tick(round_: Round, now: float) -> tuple[Round, Effects]:
+    if round_.phase is not RoundPhase.COLLECTING:
+        return round_, ()
+    if now >= round_.deadline:
+        late = "no result within the time limit"
+        cancels = _cancels(round_, late)
+        decided, effects = _decide(_with_absent(round_, late))
+        return decided, (*cancels, *effects)
+    due = [ask for ask in round_.asks if ask.reoffer_time is not None and ask.reoffer_time <= now]
+    for ask in due:
+        round_ = _with_ask(round_, replace(ask, reoffer_time=None))
+    return round_, tuple(Offer(ask.silo_id, ask.task_id) for ask in due)
+
+
+def _decide(round_: Round) -> tuple[Round, Effects]:
+    match standing(round_.asks, round_.needed):
+        case Standing.PENDING:
+            return round_, ()
+        case Standing.LOST:
+            return _close_failed(round_, "the round can no longer get enough results")
+        case Standing.ENOUGH if round_.kind is TaskKind.EVALUATE:
+            return replace(round_, phase=RoundPhase.CLOSED, succeeded=True), ()
+        case Standing.ENOUGH:
+            return replace(round_, phase=RoundPhase.AGGREGATING), (Aggregate(_returned_tasks(round_)),)
+
+
+def _close_failed(round_: Round, message: str) -> tuple[Round, Effects]:
+    if round_.phase is RoundPhase.CLOSED:
+        return round_, ()
+    return replace(_with_absent(round_, message), phase=RoundPhase.CLOSED), _cancels(round_, message)
+
+
+def _returned_tasks(round_: Round) -> tuple[str, ...]:
+    return tuple(ask.task_id for ask in round_.asks if ask.state is AskState.RETURNED)
+
+
+def _cancels(round_: Round, message: str) -> Effects:
+    return tuple(Cancel(ask.silo_id, ask.task_id, message) for ask in round_.asks if ask.state is AskState.OFFERED)
+
+
+def _with_ask(round_: Round, ask: Ask) -> Round:
+    return replace(round_, asks=tuple(ask if old.task_id == ask.task_id else old for old in round_.asks))
+
+
+def _with_absent(round_: Round, message: str) -> Round:
+    asks = tuple(
+        replace(ask, state=AskState.ABSENT, message=message, reoffer_time=None)
+        if ask.state is AskState.OFFERED
+        else ask
+        for ask in round_.asks
+    )
+    return replace(round_, asks=asks)

@@ -1,0 +1,1 @@
+"""The protocol between one silo and the coordinator: frames and their rules, without I/O."""

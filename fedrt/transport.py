@@ -1,0 +1,184 @@
+"""Pumps one gRPC stream into a `Connection`: one reader, one writer, heartbeats, and payloads that yield to frames.
+
+Posting never waits. Frames leave in the order in which they were posted; the chunks of payloads fill the gaps, one
+payload after the other in turn, and are read from their buffer only when the peer has room for them.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import grpc
+
+from fedrt.errors import FedrtError, PayloadError, RemoteProtocolError, SpecError
+from fedrt.payload import Assembler, Chunk, Manifest, chunks
+from fedrt.session.connection import Connection, Role
+from fedrt.session.frames import Frame, Heartbeat, PayloadChunk, Welcome
+from fedrt.session.liveness import Liveness
+from fedrt.wire import request_from_pb, request_to_pb, response_from_pb, response_to_pb
+
+MAX_POSTED_FRAMES = 10_000
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+HANDSHAKE_LIMIT = 20.0  # seconds a peer may take for its first frame
+GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+)
+
+Collected = Callable[[memoryview | PayloadError], None]
+
+
+class SilenceError(FedrtError):
+    """The peer has sent nothing for longer than the silence limit."""
+
+
+class Stream(Protocol):
+    """What grpc.aio gives on either end of a bidirectional call."""
+
+    async def read(self) -> Any:
+        """The next message, or `grpc.aio.EOF`."""
+
+    async def write(self, message: Any, /) -> None:
+        """Wait for room and write."""
+
+
+class Transport:
+    """One end of one session. Belongs to one asyncio task; `post` may be called from that event loop only."""
+
+    def __init__(self, role: Role, stream: Stream, on_sent: Callable[[Frame], None] = lambda frame: None) -> None:
+        self.connection = Connection(role)
+        self._stream = stream
+        self._encode: Callable[[Any], Any] = request_to_pb if role is Role.SILO else response_to_pb
+        self._decode: Callable[[Any], Frame | None] = response_from_pb if role is Role.SILO else request_from_pb
+        self._on_sent = on_sent
+        self._frames: deque[Frame] = deque()
+        self._payloads: deque[tuple[str, Iterator[Chunk]]] = deque()
+        self._collecting: dict[str, tuple[Assembler, Collected]] = {}
+        self._wake = asyncio.Event()
+        self._finishing = False
+        now = time.monotonic()
+        self._liveness = Liveness(HANDSHAKE_LIMIT, HANDSHAKE_LIMIT, now, now)
+
+    def post(self, frame: Frame) -> None:
+        """Queue a frame. Raises `LocalProtocolError` if it is illegal and `SilenceError` if the peer never reads."""
+        if len(self._frames) >= MAX_POSTED_FRAMES:
+            raise SilenceError(f"the peer has left {MAX_POSTED_FRAMES} frames unread")
+        self.connection.send(frame)
+        self._adopt_intervals(frame)
+        self._frames.append(frame)
+        self._wake.set()
+
+    def post_payload(self, payload_id: str, data: bytes | memoryview) -> None:
+        """Queue the chunks of an announced payload; `data` must stay valid until they are sent or forgotten."""
+        self._payloads.append((payload_id, chunks(payload_id, data)))
+        self._wake.set()
+
+    def collect(self, manifest: Manifest, done: Collected) -> None:
+        """Collect the announced payload; `done` gets its bytes, or the error that spoilt it. Others are discarded."""
+        self._collecting[manifest.payload_id] = (Assembler(manifest), done)
+
+    def discard(self, payload_id: str) -> None:
+        """Stop collecting a payload and forget what has arrived of it."""
+        self._collecting.pop(payload_id, None)
+
+    def finish(self) -> None:
+        """End the session once everything queued has been written."""
+        self._finishing = True
+        self._wake.set()
+
+    async def run(self, on_frame: Callable[[Frame], None]) -> None:
+        """Pump until the peer ends the stream or `finish` was called.
+
+        Raises `RemoteProtocolError`, `SilenceError`, and what the stream raises.
+        """
+        pumps = [
+            asyncio.create_task(self._read(on_frame)),
+            asyncio.create_task(self._write()),
+            asyncio.create_task(self._watch_silence()),
+        ]
+        try:
+            done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+        for pump in done:
+            pump.result()
+
+    async def _read(self, on_frame: Callable[[Frame], None]) -> None:
+        while (message := await self._stream.read()) is not grpc.aio.EOF:
+            self._liveness.heard(time.monotonic())
+            try:
+                frame = self._decode(message)
+            except (PayloadError, SpecError) as error:
+                raise RemoteProtocolError(f"a frame cannot be read: {error}") from error
+            if frame is None:
+                continue
+            self.connection.receive(frame)
+            self._adopt_intervals(frame)
+            if isinstance(frame, PayloadChunk):
+                self._add_chunk(frame.chunk)
+            else:
+                on_frame(frame)
+
+    def _adopt_intervals(self, frame: Frame) -> None:
+        if isinstance(frame, Welcome):
+            self._liveness.heartbeat_interval = frame.heartbeat_interval
+            self._liveness.silence_limit = frame.silence_limit
+
+    def _add_chunk(self, chunk: Chunk) -> None:
+        if chunk.payload_id not in self._collecting:
+            return
+        assembler, done = self._collecting[chunk.payload_id]
+        try:
+            if not assembler.add(chunk):
+                return
+        except PayloadError as error:
+            del self._collecting[chunk.payload_id]
+            done(error)
+            return
+        del self._collecting[chunk.payload_id]
+        done(assembler.data())
+
+    async def _write(self) -> None:
+        while True:
+            frame = self._next_frame()
+            if frame is not None:
+                await self._stream.write(self._encode(frame))
+                self._liveness.sent(time.monotonic())
+                self._on_sent(frame)
+            elif self._finishing:
+                return
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+
+    def _next_frame(self) -> Frame | None:
+        if self._frames:
+            return self._frames.popleft()
+        while self._payloads:
+            payload_id, rest = self._payloads.popleft()
+            if not self.connection.owes(payload_id):
+                continue
+            chunk = next(rest, None)
+            if chunk is None:
+                continue
+            self._payloads.append((payload_id, rest))
+            frame = PayloadChunk(chunk)
+            self.connection.send(frame)
+            return frame
+        return None
+
+    async def _watch_silence(self) -> None:
+        while True:
+            await asyncio.sleep(max(0.0, self._liveness.next_check() - time.monotonic()))
+            now = time.monotonic()
+            if self._liveness.is_silent(now):
+                raise SilenceError(f"nothing was heard for {self._liveness.silence_limit:g} seconds")
+            if self._liveness.heartbeat_due(now):
+                if self.connection.is_open and not self._frames:
+                    self.post(Heartbeat(time.time()))
+                self._liveness.sent(now)

@@ -28,14 +28,14 @@ def _check_store(url: str) -> str:
     """An error never repeats the URL: it may hold a password."""
     if not re.match(r"(sqlite|postgresql)(\+[a-z0-9]+)?://", url):
         raise ValueError(
-            "is not a store that fedrt knows; write sqlite:////var/lib/fedrt/store.db or "
+            "it is of no kind that fedrt knows; write sqlite:////var/lib/fedrt/store.db or "
             "postgresql+psycopg://user@host/database"
         )
     if url.startswith("sqlite") and not re.match(r"sqlite(\+[a-z0-9]+)?:////[^/]", url):
-        raise ValueError("must name an absolute path after four slashes, such as sqlite:////var/lib/fedrt/store.db")
+        raise ValueError("SQLite needs an absolute path after four slashes, such as sqlite:////var/lib/fedrt/store.db")
     if urlsplit(url).password is not None or "password=" in url.lower():
         raise ValueError(
-            "holds a password, and files like this one get copied; "
+            "it holds a password, and files like this one get copied; "
             "remove it and put it into the file that the environment variable PGPASSFILE names"
         )
     return url

@@ -1,14 +1,10 @@
-"""Protobuf messages to and from frames and domain values: the only module that knows both sides of a session."""
+"""Protobuf messages to and from frames: the only module that knows both sides of a session."""
 
-import enum
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
-
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
+from typing import Any
 
 from fedrt.errors import FailureReason, PayloadError, SpecError
-from fedrt.payload import Chunk, ElementType, Manifest, TensorHeader
+from fedrt.payload import Manifest
 from fedrt.session.frames import (
     CoordinatorFrame,
     Drain,
@@ -29,155 +25,30 @@ from fedrt.session.frames import (
     UnreadableResult,
     Welcome,
 )
-from fedrt.spec import LocalSpec, ModelSpec, OptimizerName, OptimizerSpec, Precision, Schedule, TrainingSpec
 from fedrt.task import Failure, Outcome, RefusalReason, Result, Success, Task, TaskKind, Verdict
 from fedrt.v1 import session_service_pb2 as session_pb
 from fedrt.v1 import task_pb2 as task_pb
-from fedrt.v1 import tensor_pb2 as tensor_pb
+from fedrt.wire_values import (
+    KIND,
+    EnumMap,
+    chunk_from_pb,
+    chunk_to_pb,
+    duration_from_pb,
+    duration_to_pb,
+    local_spec_from_pb,
+    local_spec_to_pb,
+    manifest_from_pb,
+    manifest_to_pb,
+    time_from_pb,
+    time_to_pb,
+)
 
 MAX_METRICS = 256
-_E = TypeVar("_E", bound=enum.Enum)
 
-
-class _EnumMap:
-    """Pairs our enum with the protobuf one by name: FLOAT32 <-> ELEMENT_TYPE_FLOAT32."""
-
-    def __init__(self, ours: type[enum.Enum], wrapper: Any, prefix: str) -> None:
-        self._ours = ours
-        self._to: dict[enum.Enum, int] = {member: wrapper.Value(f"{prefix}_{member.name}") for member in ours}
-        self._from = {number: member for member, number in self._to.items()}
-
-    def to(self, member: enum.Enum) -> Any:
-        return self._to[member]
-
-    def back(self, ours: type[_E], number: int) -> _E:
-        member = self._from.get(number)
-        if not isinstance(member, ours):
-            raise PayloadError(f"{ours.__name__} number {number} is not known to this version")
-        return member
-
-
-_ELEMENT = _EnumMap(ElementType, tensor_pb.ElementType, "ELEMENT_TYPE")
-KIND = _EnumMap(TaskKind, task_pb.TaskKind, "TASK_KIND")
-_REFUSAL = _EnumMap(RefusalReason, task_pb.RefusalReason, "REFUSAL_REASON")
-_FAILURE = _EnumMap(FailureReason, task_pb.FailureReason, "FAILURE_REASON")
-_VERDICT = _EnumMap(Verdict, task_pb.ResultVerdict, "RESULT_VERDICT")
-_SCHEDULE = _EnumMap(Schedule, task_pb.Schedule, "SCHEDULE")
-_PRECISION = _EnumMap(Precision, task_pb.Precision, "PRECISION")
-_OPTIMIZER = _EnumMap(OptimizerName, task_pb.OptimizerSpec.Algorithm, "ALGORITHM")
-_HELD = _EnumMap(HeldState, session_pb.HeldTask.State, "STATE")
-
-
-def duration_to_pb(seconds: float) -> Duration:
-    """Seconds as a protobuf duration, to the nanosecond."""
-    whole = int(seconds // 1)
-    return Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))
-
-
-def duration_from_pb(message: Duration) -> float:
-    """A protobuf duration in seconds."""
-    return message.seconds + message.nanos / 1e9
-
-
-def time_to_pb(unix_seconds: float) -> Timestamp:
-    """Unix seconds as a protobuf timestamp."""
-    whole = int(unix_seconds // 1)
-    return Timestamp(seconds=whole, nanos=int((unix_seconds - whole) * 1e9))
-
-
-def time_from_pb(message: Timestamp) -> float:
-    """A protobuf timestamp in Unix seconds."""
-    return message.seconds + message.nanos / 1e9
-
-
-def manifest_to_pb(manifest: Manifest) -> tensor_pb.PayloadManifest:
-    """The message of a manifest."""
-    return tensor_pb.PayloadManifest(
-        payload_id=manifest.payload_id,
-        tensors=[
-            tensor_pb.TensorHeader(name=h.name, element_type=_ELEMENT.to(h.element_type), shape=h.shape)
-            for h in manifest.tensors
-        ],
-        byte_count=manifest.byte_count,
-        sha256=manifest.sha256,
-    )
-
-
-def manifest_from_pb(message: tensor_pb.PayloadManifest) -> Manifest:
-    """The manifest of a message. Raises `PayloadError` if it contradicts itself."""
-    headers = tuple(
-        TensorHeader(h.name, _ELEMENT.back(ElementType, h.element_type), tuple(h.shape)) for h in message.tensors
-    )
-    return Manifest(message.payload_id, headers, message.byte_count, message.sha256)
-
-
-def chunk_to_pb(chunk: Chunk) -> tensor_pb.PayloadChunk:
-    """The message of a chunk; copies its bytes."""
-    return tensor_pb.PayloadChunk(payload_id=chunk.payload_id, offset=chunk.offset, data=bytes(chunk.data))
-
-
-def chunk_from_pb(message: tensor_pb.PayloadChunk) -> Chunk:
-    """The chunk of a message. Raises `PayloadError`."""
-    return Chunk(message.payload_id, message.offset, message.data)
-
-
-def local_spec_to_pb(spec: LocalSpec, schema_sha256: bytes = b"") -> task_pb.LocalSpec:
-    """The message of the part of an experiment that a silo needs."""
-    training, optimizer = spec.training, spec.training.optimizer
-    return task_pb.LocalSpec(
-        method=task_pb.MethodConfig(
-            name=spec.method_name, hyperparameters_json=spec.hyperparameters_json, schema_sha256=schema_sha256
-        ),
-        model=task_pb.ModelSpec(
-            architecture=spec.model.architecture,
-            weights_sha256=bytes.fromhex(spec.model.weights_sha256),
-            context_dim=spec.model.context_dim,
-            feature_dim=spec.model.feature_dim,
-        ),
-        class_names=spec.classes,
-        training=task_pb.TrainingSpec(
-            local_epochs=training.local_epochs,
-            batch_size=training.batch_size,
-            optimizer=task_pb.OptimizerSpec(
-                algorithm=_OPTIMIZER.to(optimizer.name),
-                learning_rate=optimizer.learning_rate,
-                momentum=optimizer.momentum,
-                weight_decay=optimizer.weight_decay,
-            ),
-            schedule=_SCHEDULE.to(training.schedule),
-            precision=_PRECISION.to(training.precision),
-        ),
-        round_count=spec.round_count,
-    )
-
-
-def local_spec_from_pb(message: task_pb.LocalSpec) -> LocalSpec:
-    """The value of a message. Raises `SpecError` or `PayloadError`."""
-    training, optimizer = message.training, message.training.optimizer
-    return LocalSpec(
-        method_name=message.method.name,
-        hyperparameters_json=message.method.hyperparameters_json,
-        model=ModelSpec(
-            architecture=message.model.architecture,
-            weights_sha256=message.model.weights_sha256.hex(),
-            context_dim=message.model.context_dim,
-            feature_dim=message.model.feature_dim,
-        ),
-        classes=tuple(message.class_names),
-        training=TrainingSpec(
-            local_epochs=training.local_epochs,
-            batch_size=training.batch_size,
-            optimizer=OptimizerSpec(
-                name=_OPTIMIZER.back(OptimizerName, optimizer.algorithm),
-                learning_rate=optimizer.learning_rate,
-                momentum=optimizer.momentum,
-                weight_decay=optimizer.weight_decay,
-            ),
-            schedule=_SCHEDULE.back(Schedule, training.schedule),
-            precision=_PRECISION.back(Precision, training.precision),
-        ),
-        round_count=message.round_count,
-    )
+_REFUSAL = EnumMap(RefusalReason, task_pb.RefusalReason, "REFUSAL_REASON")
+_FAILURE = EnumMap(FailureReason, task_pb.FailureReason, "FAILURE_REASON")
+_VERDICT = EnumMap(Verdict, task_pb.ResultVerdict, "RESULT_VERDICT")
+_HELD = EnumMap(HeldState, session_pb.HeldTask.State, "STATE")
 
 
 def _offer_to_pb(frame: TaskOffer) -> task_pb.TaskOffer:

@@ -3,6 +3,14 @@
 from dataclasses import dataclass
 
 
+@dataclass(frozen=True)
+class Intervals:
+    """Seconds: how often to be heard at least, and after how much silence a session ends."""
+
+    heartbeat: float
+    silence: float
+
+
 @dataclass
 class Liveness:
     """Times are seconds of one monotonic clock."""

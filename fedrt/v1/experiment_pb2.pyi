@@ -40,13 +40,11 @@ class Experiment(_message.Message):
         """Waiting for enough silos."""
         STATE_RUNNING: Experiment._State.ValueType  # 2
         """Rounds are taking place."""
-        STATE_CANCELLING: Experiment._State.ValueType  # 3
-        """Stopping by order; running tasks are being cancelled."""
-        STATE_SUCCEEDED: Experiment._State.ValueType  # 4
+        STATE_SUCCEEDED: Experiment._State.ValueType  # 3
         """All rounds took place."""
-        STATE_FAILED: Experiment._State.ValueType  # 5
+        STATE_FAILED: Experiment._State.ValueType  # 4
         """Ended by an error."""
-        STATE_CANCELLED: Experiment._State.ValueType  # 6
+        STATE_CANCELLED: Experiment._State.ValueType  # 5
         """Ended by order."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
@@ -58,13 +56,11 @@ class Experiment(_message.Message):
     """Waiting for enough silos."""
     STATE_RUNNING: Experiment.State.ValueType  # 2
     """Rounds are taking place."""
-    STATE_CANCELLING: Experiment.State.ValueType  # 3
-    """Stopping by order; running tasks are being cancelled."""
-    STATE_SUCCEEDED: Experiment.State.ValueType  # 4
+    STATE_SUCCEEDED: Experiment.State.ValueType  # 3
     """All rounds took place."""
-    STATE_FAILED: Experiment.State.ValueType  # 5
+    STATE_FAILED: Experiment.State.ValueType  # 4
     """Ended by an error."""
-    STATE_CANCELLED: Experiment.State.ValueType  # 6
+    STATE_CANCELLED: Experiment.State.ValueType  # 5
     """Ended by order."""
 
     EXPERIMENT_ID_FIELD_NUMBER: _builtins.int

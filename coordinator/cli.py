@@ -1,0 +1,63 @@
+"""`fedrt-coordinator`: run the daemon, check its configuration, print the schema of its file."""
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fedrt
+from coordinator.config import CoordinatorConfig, load_coordinator_config
+from fedrt.certificates import Expectation
+from fedrt.config import effective_yaml, json_schema
+from fedrt.daemon import report, run_daemon
+from fedrt.errors import FedrtError
+from fedrt.identity import Role
+from fedrt.tls import IdentityFiles, load_identity
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="The coordinator of a fedrt federation.")
+Config = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's YAML file.")]
+
+
+@app.command()
+def run(config: Config) -> None:
+    """Run the coordinator until SIGTERM or Ctrl-C; a second one stops it at once."""
+    from coordinator.app import serve  # noqa: PLC0415  # the other commands need neither grpc nor a database
+
+    try:
+        loaded = load_coordinator_config(config)
+    except FedrtError as error:
+        raise typer.Exit(report(error)) from None
+    raise typer.Exit(run_daemon(lambda lifecycle: serve(loaded, lifecycle)))
+
+
+@app.command()
+def check_config(config: Config) -> None:
+    """Check the YAML file and the certificate it names, and print the effective configuration."""
+    try:
+        loaded = load_coordinator_config(config)
+        files = IdentityFiles(loaded.identity.directory)
+        identity = load_identity(files, datetime.now(UTC), Expectation(Role.COORDINATOR, loaded.federation))
+    except FedrtError as error:
+        raise typer.Exit(report(error)) from None
+    sys.stdout.write(effective_yaml(loaded))
+    typer.echo(f"# {identity.identity}, certificate valid until {identity.credential.not_after:%Y-%m-%d %H:%M} UTC")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the YAML file, for editors."""
+    typer.echo(json.dumps(json_schema(CoordinatorConfig), indent=2))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(fedrt.__version__)
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,257 @@
+"""Serves silos' sessions: translates frames into messages for the orchestrator and its orders into frames."""
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+
+import fedrt
+from coordinator.inbox import (
+    Message,
+    OfferRefused,
+    PackedTensors,
+    ResultArrived,
+    ResultInvalid,
+    SessionClosed,
+    SessionOpened,
+    SiloDrained,
+)
+from coordinator.orchestrator import Orchestrator
+from coordinator.records import TensorsRef
+from coordinator.validation import check_announcement, check_payload
+from fedrt.errors import PayloadError, RemoteProtocolError, TensorError
+from fedrt.metrics import CoordinatorMetrics
+from fedrt.payload import Manifest
+from fedrt.session.connection import Phase, Role, TaskPhase
+from fedrt.session.frames import (
+    Drain,
+    Frame,
+    Hello,
+    PayloadChunk,
+    ResultAck,
+    TaskCancel,
+    TaskOffer,
+    TaskReply,
+    TaskResult,
+    UnreadableResult,
+    Welcome,
+)
+from fedrt.session.liveness import Intervals
+from fedrt.task import Result, Task, Verdict
+from fedrt.tensors import TensorSpec
+from fedrt.tls import peer_identity
+from fedrt.transport import SilenceError, Transport
+from fedrt.v1 import session_service_pb2_grpc
+
+
+@dataclass(frozen=True)
+class SessionLimits:
+    """What silos may use, and how often they must be heard."""
+
+    intervals: Intervals
+    max_payload_bytes: int
+    max_sessions: int
+
+
+class SiloSession:
+    """One open session; the orchestrator sees it as a `presence.Session`."""
+
+    def __init__(self, silo_id: str, rpc: Any, service: "SessionService") -> None:
+        self.silo_id = silo_id
+        self.session_id = uuid.uuid4().hex
+        self.opened = False
+        self._service = service
+        self._orchestrator = service.orchestrator
+        self._transport = Transport(Role.COORDINATOR, rpc, self._on_sent)
+        self._offered: dict[str, tuple[str, memoryview]] = {}  # task -> the payload that follows its acceptance
+        self._ended: asyncio.Future[tuple[grpc.StatusCode, str]] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> tuple[grpc.StatusCode, str]:
+        """Serve until the session ends; returns the status to end it with."""
+        pump = asyncio.create_task(self._transport.run(self._on_frame))
+        try:
+            waited: set[asyncio.Future[Any]] = {pump, self._ended}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if self._ended.done():
+                return self._ended.result()
+            pump.result()
+        except RemoteProtocolError as error:
+            return grpc.StatusCode.INVALID_ARGUMENT, str(error)
+        except SilenceError as error:
+            return grpc.StatusCode.DEADLINE_EXCEEDED, str(error)
+        finally:
+            pump.cancel()
+            await asyncio.gather(pump, return_exceptions=True)
+            if self.opened:
+                self._orchestrator.submit(SessionClosed(self))
+        return grpc.StatusCode.OK, ""
+
+    # ---- what the orchestrator orders
+
+    def offer(self, task: Task, manifest: Manifest | None, data: memoryview | None) -> None:
+        """Offer a task, unless this session knows it already."""
+        connection = self._transport.connection
+        if connection.our_phase is not Phase.OPEN or connection.task_phase(task.task_id) is not None:
+            return
+        self._post(TaskOffer(task, manifest))
+        if manifest is not None and data is not None:
+            self._offered[task.task_id] = (manifest.payload_id, data)
+
+    def settle(self, task_id: str, verdict: Verdict, message: str) -> None:
+        """Acknowledge a result, if it arrived in this session; otherwise the silo sends it again and asks."""
+        if self._transport.connection.task_phase(task_id) is TaskPhase.RETURNED:
+            self._offered.pop(task_id, None)
+            self._post(ResultAck(task_id, verdict, message[:1000]))
+
+    def cancel(self, task_id: str, message: str) -> None:
+        """Tell the silo to abandon a task."""
+        if self._transport.connection.our_phase is not Phase.START:
+            self._post(TaskCancel(task_id, message[:1000]))
+
+    def replace(self) -> None:
+        """End with ABORTED: a newer session of this silo has come."""
+        self._end(grpc.StatusCode.ABORTED, "a newer session of this silo has replaced this one")
+
+    def drain(self, grace_period: float) -> None:
+        """Say that the coordinator is stopping and end once everything queued is written."""
+        if self._transport.connection.our_phase is Phase.OPEN:
+            self._post(Drain("the coordinator is stopping", grace_period, reconnect=True))
+        self._transport.finish()
+
+    # ---- frames
+
+    def _post(self, frame: Frame) -> None:
+        try:
+            self._transport.post(frame)
+        except SilenceError as error:
+            self._end(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+
+    def _end(self, status: grpc.StatusCode, message: str) -> None:
+        if not self._ended.done():
+            self._ended.set_result((status, message))
+
+    def _on_sent(self, frame: Frame) -> None:
+        metrics = self._service.metrics
+        metrics.frames_sent.labels(type(frame).__name__).inc()
+        if isinstance(frame, PayloadChunk):
+            metrics.payload_bytes.labels("out").inc(len(frame.chunk.data))
+
+    def _on_frame(self, frame: Frame) -> None:
+        self._service.metrics.frames_received.labels(type(frame).__name__).inc()
+        match frame:
+            case Hello():
+                self._welcome(frame)
+            case TaskReply(task_id, None):
+                if task_id in self._offered:
+                    self._transport.post_payload(*self._offered.pop(task_id))
+            case TaskReply(task_id, reason, message) if reason is not None:
+                self._offered.pop(task_id, None)
+                self._submit(OfferRefused(self.silo_id, task_id, reason, message))
+            case TaskResult(result):
+                self._on_result(result)
+            case UnreadableResult(task_id, message):
+                self._submit(ResultInvalid(self.silo_id, task_id, message))
+            case Drain():
+                self._submit(SiloDrained(self))
+            case _:
+                pass  # heartbeats and progress need no answer
+
+    def _welcome(self, hello: Hello) -> None:
+        intervals = self._service.limits.intervals
+        self._post(
+            Welcome(
+                session_id=self.session_id,
+                heartbeat_interval=intervals.heartbeat,
+                silence_limit=intervals.silence,
+                obsolete_task_ids=self._orchestrator.obsolete(self.silo_id, hello.held_tasks),
+                software_version=fedrt.__version__,
+            )
+        )
+        self.opened = True
+        self._submit(SessionOpened(self, hello))
+
+    def _on_result(self, result: Result) -> None:
+        expected = self._orchestrator.expectation(self.silo_id, result.task_id)
+        if expected is None:
+            self._submit(ResultArrived(self.silo_id, result, None))  # its verdict is already known; no bytes are kept
+            return
+        try:
+            check_announcement(result, expected.kind, expected.specs)
+            if result.manifest is not None and result.manifest.byte_count > self._service.limits.max_payload_bytes:
+                raise PayloadError(
+                    f"the payload has {result.manifest.byte_count} bytes; limits.max_payload of the coordinator allows "
+                    f"{self._service.limits.max_payload_bytes}"
+                )
+        except (PayloadError, TensorError) as error:
+            self._submit(ResultInvalid(self.silo_id, result.task_id, str(error)))
+            return
+        if result.manifest is None:
+            self._submit(ResultArrived(self.silo_id, result, None))
+        else:
+            self._collect(result, result.manifest, expected.specs)
+
+    def _collect(self, result: Result, manifest: Manifest, specs: tuple[TensorSpec, ...]) -> None:
+        def done(data: memoryview | PayloadError) -> None:
+            try:
+                if isinstance(data, PayloadError):
+                    raise data
+                self._service.metrics.payload_bytes.labels("in").inc(len(data))
+                check_payload(manifest, data, specs)
+            except (PayloadError, TensorError) as error:
+                self._submit(ResultInvalid(self.silo_id, result.task_id, str(error)))
+                return
+            tensors = PackedTensors(TensorsRef(manifest.tensors, manifest.sha256.hex()), data)
+            self._submit(ResultArrived(self.silo_id, result, tensors))
+
+        self._transport.collect(manifest, done)
+
+    def _submit(self, message: Message) -> None:
+        self._orchestrator.submit(message)
+
+
+class SessionService(session_service_pb2_grpc.SessionServiceServicer):
+    """Opens sessions and ends them all when the coordinator drains."""
+
+    def __init__(self, orchestrator: Orchestrator, metrics: CoordinatorMetrics, limits: SessionLimits) -> None:
+        self.orchestrator = orchestrator
+        self.metrics = metrics
+        self.limits = limits
+        self._sessions: set[SiloSession] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._log = structlog.get_logger("coordinator.sessions")
+
+    async def OpenSession(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]
+        """Serve one silo. Who may call is decided before, by `authorization`."""
+        silo_id = peer_identity(context.auth_context()).name
+        if len(self._sessions) >= self.limits.max_sessions:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the coordinator serves as many silos as it may")
+        session = SiloSession(silo_id, context, self)
+        log = self._log.bind(silo=silo_id, session=session.session_id)
+        self._sessions.add(session)
+        self._idle.clear()
+        self.metrics.sessions_open.set(len(self._sessions))
+        log.debug("session opens")
+        try:
+            status, message = await session.run()
+        finally:
+            self._sessions.discard(session)
+            if not self._sessions:
+                self._idle.set()
+            self.metrics.sessions_open.set(len(self._sessions))
+        log.info("session ended", status=status.name, message=message)
+        if status is not grpc.StatusCode.OK:
+            await context.abort(status, message)
+
+    async def drain(self, grace_period: float) -> None:
+        """Tell every silo that the coordinator is stopping and wait until the sessions have ended."""
+        for session in self._sessions:
+            session.drain(grace_period)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_period):
+                await self._idle.wait()

@@ -1,0 +1,347 @@
+"""Drives the ledger: one task reads the inbox, decides, and makes replies, work, results and promotions happen.
+
+A result is durable in the spool before it is sent, and stays there until its verdict; so the daemon may die at any
+moment, and whatever was computed is delivered later.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from fedrt.errors import FailureReason, FedrtError, PayloadError, StorageError, TensorError, WorkError
+from fedrt.metrics import SiloMetrics
+from fedrt.payload import Manifest, unpack
+from fedrt.session.frames import HeldTask
+from fedrt.task import Failure, Result, Success, Task, TaskKind, Verdict
+from fedrt.tensors import Scope, Tensors, TensorSpec, check_tensors, of_scope
+from silo import ledger as ledgers
+from silo.departures import check_release
+from silo.ledger import Ledger, LedgerEvent
+from silo.policy import Policy, judge
+from silo.spool import Spool, Spooled
+from silo.vault import Vault
+from silo.work import Worker, WorkerReport, WorkOrder, WorkOutcome
+
+PROGRESS_INTERVAL = 1.0  # seconds between progress frames
+DISK_RETRY_DELAY = 2.0  # seconds between attempts while the disk refuses
+
+
+class Session(Protocol):
+    """What the agent may do with the open session; nothing waits, and everything is lost with the session."""
+
+    def reply(self, reply: ledgers.Reply) -> None:
+        """Answer an offer."""
+
+    def send(self, result: Result, data: memoryview | None) -> None:
+        """Send a result, unless this session has sent it already."""
+
+    def progress(self, task_id: str, done: int, planned: int) -> None:
+        """Say how far a task is."""
+
+
+@dataclass(frozen=True)
+class OfferArrived:
+    """The coordinator offers a task."""
+
+    session: Session
+    task: Task
+    manifest: Manifest | None
+
+
+@dataclass(frozen=True)
+class TensorsArrived:
+    """The tensors of an offer are here, or are spoilt."""
+
+    task_id: str
+    data: memoryview | PayloadError
+
+
+@dataclass(frozen=True)
+class SessionUp:
+    """A session is open."""
+
+    session: Session
+    obsolete: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SessionDown:
+    """The session has ended."""
+
+    session: Session
+
+
+@dataclass(frozen=True)
+class WorkEnded:
+    """The worker is done with a task."""
+
+    task_id: str
+    outcome: WorkOutcome | WorkError
+
+
+AgentMessage = (
+    OfferArrived
+    | TensorsArrived
+    | SessionUp
+    | SessionDown
+    | WorkEnded
+    | ledgers.CancelArrived
+    | ledgers.VerdictArrived
+    | ledgers.DrainOrdered
+)
+
+
+@dataclass
+class _Accepted:
+    task: Task
+    manifest: Manifest | None
+    specs: tuple[TensorSpec, ...]
+    shared: Tensors
+
+
+class Agent:
+    """Owns everything a silo holds. Everything but `run` and `idle` may be called from the event loop and returns."""
+
+    def __init__(
+        self, worker: Worker, report: WorkerReport, policy: Policy, stores: tuple[Spool, Vault], metrics: SiloMetrics
+    ) -> None:
+        self._worker = worker
+        self._report = report
+        self._policy = policy
+        self._spool, self._vault = stores
+        self._metrics = metrics
+        self._log = structlog.get_logger("silo")
+        self._inbox: asyncio.Queue[AgentMessage] = asyncio.Queue()
+        self._session: Session | None = None
+        self._accepted: dict[str, _Accepted] = {}
+        self._spooled: dict[str, Spooled] = {}
+        self._work: dict[str, asyncio.Task[None]] = {}
+        self._ledger = Ledger()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def submit(self, message: AgentMessage) -> None:
+        """Queue a message."""
+        self._inbox.put_nowait(message)
+
+    @property
+    def held(self) -> tuple[HeldTask, ...]:
+        """What Hello tells the coordinator."""
+        return ledgers.held_tasks(self._ledger)
+
+    async def idle(self) -> None:
+        """Wait until nothing is left to do or to deliver."""
+        await self._idle.wait()
+
+    async def recover(self) -> None:
+        """Take up the results that an earlier run of the daemon left in the spool."""
+        for spooled in await asyncio.to_thread(self._spool.load):
+            self._spooled[spooled.task_id] = spooled
+            hold = ledgers.Hold(spooled.task_id, ledgers.HoldState.FINISHED)
+            self._ledger = Ledger((*self._ledger.holds, hold))
+            self._log.info("undelivered result found", task=spooled.task_id)
+        self._count_spool()
+
+    async def run(self) -> None:
+        """Serve the inbox until cancelled."""
+        try:
+            while True:
+                await self._apply(await self._inbox.get())
+        finally:
+            for work in self._work.values():
+                work.cancel()
+            await asyncio.gather(*self._work.values(), return_exceptions=True)
+
+    async def _apply(self, message: AgentMessage) -> None:
+        match message:
+            case OfferArrived():
+                await self._offer_arrived(message)
+            case TensorsArrived(task_id, data):
+                await self._tensors_arrived(task_id, data)
+            case SessionUp(session, obsolete):
+                self._session = session
+                await self._step(ledgers.SessionUp(obsolete))
+            case SessionDown(session):
+                if self._session is session:
+                    self._session = None
+                    await self._step(ledgers.SessionDown())
+            case WorkEnded(task_id, outcome):
+                await self._work_ended(task_id, outcome)
+            case ledgers.VerdictArrived(task_id, verdict):
+                log = self._log.info if verdict is Verdict.ACCEPTED else self._log.warning
+                log("verdict", task=task_id, verdict=verdict.value)
+                await self._step(message)
+            case _:
+                await self._step(message)
+
+    async def _step(self, event: LedgerEvent) -> None:
+        self._ledger, effects = ledgers.step(self._ledger, event)
+        for effect in effects:
+            await self._perform(effect)
+        if self._ledger.is_idle:
+            self._idle.set()
+        else:
+            self._idle.clear()
+
+    async def _perform(self, effect: ledgers.LedgerEffect) -> None:
+        match effect:
+            case ledgers.Reply():
+                self._reply(effect)
+            case ledgers.Start(task_id):
+                self._work[task_id] = asyncio.create_task(self._do(self._accepted[task_id]))
+            case ledgers.StoreCancelled(task_id):
+                await self._stop_work(task_id)
+                failure = Failure(FailureReason.CANCELLED, "the coordinator cancelled the task")
+                await self._store(self._accepted[task_id].task, failure, {}, {})
+            case ledgers.Send(task_id):
+                if self._session is not None:
+                    self._session.send(*self._spooled[task_id].to_send())
+            case ledgers.Promote(task_id):
+                await self._promote(task_id)
+            case ledgers.Forget(task_id):
+                await self._stop_work(task_id)
+                await self._drop(task_id)
+
+    # ---- offers
+
+    async def _offer_arrived(self, message: OfferArrived) -> None:
+        task = message.task
+        refusal = judge(task, self._policy, self._report)
+        if refusal is None and self._ledger.state(task.task_id) is None:
+            specs = task.local.tensors()
+            self._accepted[task.task_id] = _Accepted(task, message.manifest, specs, {})
+        offered = ledgers.Offered(task.task_id, message.manifest is not None)
+        if refusal is not None:
+            offered = ledgers.Offered(task.task_id, offered.has_tensors, refusal.reason, refusal.message)
+        await self._step(offered)
+
+    def _reply(self, reply: ledgers.Reply) -> None:
+        if reply.refusal is not None:
+            self._accepted.pop(reply.task_id, None)
+            self._metrics.tasks.labels("train", "refused").inc()
+            self._log.warning("task refused", task=reply.task_id, reason=reply.refusal.value, message=reply.message)
+        if self._session is not None:
+            self._session.reply(reply)
+
+    async def _tensors_arrived(self, task_id: str, data: memoryview | PayloadError) -> None:
+        accepted = self._accepted.get(task_id)
+        if accepted is None or accepted.manifest is None:
+            return
+        try:
+            if isinstance(data, PayloadError):
+                raise data
+            accepted.shared = unpack(accepted.manifest.tensors, data)
+            check_tensors(of_scope(accepted.specs, Scope.SHARED), accepted.shared)
+        except (PayloadError, TensorError) as error:
+            await self._store(accepted.task, Failure(FailureReason.PAYLOAD_CORRUPT, str(error)), {}, {})
+            return
+        await self._step(ledgers.TensorsArrived(task_id))
+
+    # ---- work
+
+    async def _do(self, accepted: _Accepted) -> None:
+        task = accepted.task
+        self._log.info("work begins", task=task.task_id, experiment=task.experiment_id, round=task.round_number)
+        try:
+            private = await asyncio.to_thread(self._vault.load, task.experiment_id)
+            order = WorkOrder(
+                task_id=task.task_id,
+                experiment_id=task.experiment_id,
+                kind=task.kind,
+                local=task.local,
+                round_number=task.round_number,
+                seed=task.seed,
+                shared=accepted.shared,
+                private=private,
+            )
+            async with asyncio.timeout(task.time_limit):
+                done = await self._worker.run(order, self._progress_of(task.task_id))
+            if task.kind is not TaskKind.EVALUATE:
+                check_release(accepted.specs, done.shared)
+            outcome: WorkOutcome | WorkError = done
+        except TimeoutError:
+            outcome = WorkError(FailureReason.TIME_LIMIT, f"the work took longer than {task.time_limit:.0f} seconds")
+        except WorkError as error:
+            outcome = error
+        except FedrtError as error:
+            self._log.error("work failed", task=task.task_id, reason=str(error))
+            outcome = WorkError(FailureReason.INTERNAL, f"{type(error).__name__} at the silo; see its log")
+        self.submit(WorkEnded(task.task_id, outcome))
+
+    def _progress_of(self, task_id: str) -> Callable[[int, int], None]:
+        last = 0.0
+
+        def report(done: int, planned: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= PROGRESS_INTERVAL and self._session is not None:
+                last = now
+                self._session.progress(task_id, done, planned)
+
+        return report
+
+    async def _work_ended(self, task_id: str, outcome: WorkOutcome | WorkError) -> None:
+        self._work.pop(task_id, None)
+        if self._ledger.state(task_id) is not ledgers.HoldState.RUNNING:
+            return  # cancelled meanwhile
+        task = self._accepted[task_id].task
+        if isinstance(outcome, WorkError):
+            self._metrics.tasks.labels(task.kind.value, "failed").inc()
+            self._log.error("work failed", task=task_id, reason=outcome.reason.value, message=str(outcome))
+            await self._store(task, Failure(outcome.reason, str(outcome)), {}, {})
+            return
+        self._metrics.tasks.labels(task.kind.value, "succeeded").inc()
+        self._metrics.work_duration.labels(task.kind.value).observe(outcome.duration)
+        success = Success(outcome.example_count, dict(outcome.metrics), outcome.duration)
+        shared = {} if task.kind is TaskKind.EVALUATE else outcome.shared
+        private = outcome.private if task.kind is TaskKind.TRAIN else {}
+        await self._store(task, success, shared, private)
+
+    async def _stop_work(self, task_id: str) -> None:
+        work = self._work.pop(task_id, None)
+        if work is not None:
+            self._metrics.tasks.labels("train", "cancelled").inc()
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+    # ---- disk
+
+    async def _store(self, task: Task, outcome: Success | Failure, shared: Tensors, private: Tensors) -> None:
+        spooled = Spooled(
+            task.task_id, task.experiment_id, task.round_number, task.kind, outcome, shared=shared, private=private
+        )
+        await self._until_durable(self._spool.put, spooled)
+        self._spooled[task.task_id] = spooled
+        self._accepted.pop(task.task_id, None)
+        self._count_spool()
+        await self._step(ledgers.OutcomeStored(task.task_id))
+
+    async def _promote(self, task_id: str) -> None:
+        spooled = self._spooled[task_id]
+        if spooled.private:
+            await self._until_durable(self._vault.promote, spooled.experiment_id, spooled.private)
+        await self._drop(task_id)
+
+    async def _drop(self, task_id: str) -> None:
+        self._accepted.pop(task_id, None)
+        if self._spooled.pop(task_id, None) is not None:
+            await asyncio.to_thread(self._spool.remove, task_id)
+            self._count_spool()
+
+    async def _until_durable(self, write: Callable[..., None], *arguments: object) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(write, *arguments)
+                return
+            except StorageError as error:
+                self._log.error("nothing is sent until the disk accepts writes", reason=str(error))
+                await asyncio.sleep(DISK_RETRY_DELAY)
+
+    def _count_spool(self) -> None:
+        count, size = self._spool.size()
+        self._metrics.spool_results.set(count)
+        self._metrics.spool_bytes.set(size)

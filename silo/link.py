@@ -1,0 +1,234 @@
+"""Keeps one session with the coordinator open: dial, introduce, pump, and after a loss back off and dial again."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import grpc
+import structlog
+
+import fedrt
+from fedrt.certificates import Expectation
+from fedrt.errors import IdentityError, PayloadError, RemoteProtocolError
+from fedrt.identity import Role as IdentityRole
+from fedrt.methods import method_names
+from fedrt.metrics import SiloMetrics
+from fedrt.session.connection import Phase, Role, TaskPhase
+from fedrt.session.frames import (
+    Drain,
+    Frame,
+    Hello,
+    PayloadChunk,
+    ResultAck,
+    TaskCancel,
+    TaskOffer,
+    TaskProgress,
+    TaskReply,
+    TaskResult,
+    UnreadableOffer,
+    Welcome,
+)
+from fedrt.task import RefusalReason, Result
+from fedrt.tls import IdentityFiles, channel_credentials, explain_handshake_failure
+from fedrt.transport import GRPC_OPTIONS, SilenceError, Transport
+from fedrt.v1 import session_service_pb2_grpc
+from silo import ledger as ledgers
+from silo.agent import Agent, OfferArrived, SessionDown, SessionUp, TensorsArrived
+from silo.departures import Departures
+from silo.work import WorkerReport
+
+_REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
+
+
+@dataclass(frozen=True)
+class Dialling:
+    """Where the coordinator is, who we are, and how long to wait between attempts (seconds)."""
+
+    address: str
+    server_name: str | None
+    files: IdentityFiles
+    federation: str | None
+    initial_delay: float
+    max_delay: float
+
+
+class CoordinatorSession:
+    """One open session; the agent sees it as an `agent.Session`."""
+
+    def __init__(self, transport: Transport, agent: Agent, metrics: SiloMetrics) -> None:
+        self.transport = transport
+        self.welcomed = False
+        self._agent = agent
+        self._metrics = metrics
+        self._log = structlog.get_logger("silo.link")
+        self._offers: dict[str, TaskOffer] = {}
+
+    def reply(self, reply: ledgers.Reply) -> None:
+        """Answer an offer, if it was made in this session; an acceptance also begins to collect the tensors."""
+        if self.transport.connection.task_phase(reply.task_id) is not TaskPhase.OFFERED:
+            return
+        offer = self._offers.pop(reply.task_id, None)
+        if offer is not None and offer.manifest is not None and reply.refusal is None:
+            task_id = reply.task_id
+            self.transport.collect(offer.manifest, lambda data: self._tensors(task_id, data))
+        self.transport.post(TaskReply(reply.task_id, reply.refusal, reply.message[:1000]))
+
+    def send(self, result: Result, data: memoryview | None) -> None:
+        """Send a result, unless this session has sent it already."""
+        if self.transport.connection.task_phase(result.task_id) is not TaskPhase.WORKING:
+            return
+        self.transport.post(TaskResult(result))
+        if result.manifest is not None and data is not None:
+            self.transport.post_payload(result.manifest.payload_id, data)
+
+    def progress(self, task_id: str, done: int, planned: int) -> None:
+        """Say how far a task is, if the coordinator can make sense of it."""
+        if self.transport.connection.task_phase(task_id) is TaskPhase.WORKING:
+            self.transport.post(TaskProgress(task_id, done, planned))
+
+    def drain(self, grace_period: float) -> None:
+        """Say that the silo is stopping."""
+        if self.welcomed and self.transport.connection.our_phase is Phase.OPEN:
+            self.transport.post(Drain("the silo is stopping", grace_period, reconnect=False))
+
+    def on_frame(self, frame: Frame) -> None:
+        """Pass on what the coordinator says."""
+        match frame:
+            case Welcome():
+                self.welcomed = True
+                self._agent.submit(SessionUp(self, frame.obsolete_task_ids))
+            case TaskOffer(task, manifest):
+                self._offers[task.task_id] = frame
+                self._agent.submit(OfferArrived(self, task, manifest))
+            case UnreadableOffer(task_id, message):
+                self._log.warning("offer cannot be read", task=task_id, message=message)
+                reason = RefusalReason.METHOD_MISMATCH
+                self.transport.post(TaskReply(task_id, reason, f"this silo's fedrt cannot read the offer: {message}"))
+            case TaskCancel(task_id, message):
+                self._log.warning("task cancelled by the coordinator", task=task_id, message=message)
+                self._agent.submit(ledgers.CancelArrived(task_id))
+            case ResultAck(task_id, verdict, message):
+                if message:
+                    self._log.warning("result not counted", task=task_id, message=message)
+                self._agent.submit(ledgers.VerdictArrived(task_id, verdict))
+            case Drain(message):
+                self._log.info("coordinator drains", message=message)
+            case _:
+                pass
+
+    def _tensors(self, task_id: str, data: memoryview | PayloadError) -> None:
+        if not isinstance(data, PayloadError):
+            self._metrics.payload_bytes.labels("in").inc(len(data))
+        self._agent.submit(TensorsArrived(task_id, data))
+
+
+class Link:
+    """Runs until `finish`; raises `IdentityError` when dialling again cannot help."""
+
+    def __init__(
+        self, dialling: Dialling, agent: Agent, report: WorkerReport, departures: Departures, metrics: SiloMetrics
+    ) -> None:
+        self._dialling = dialling
+        self._agent = agent
+        self._report = report
+        self._departures = departures
+        self._metrics = metrics
+        self._log = structlog.get_logger("silo.link")
+        self._random = random.Random()  # noqa: S311  # jitter, not a secret
+        self._session: CoordinatorSession | None = None
+        self._finished = asyncio.Event()
+        self.on_connected: Callable[[], None] = lambda: None
+
+    async def run(self) -> None:
+        """Keep a session open until `finish`."""
+        attempt = sessions = 0
+        while not self._finished.is_set():
+            welcomed = await self._one_session(first=sessions == 0)
+            if welcomed:
+                sessions += 1
+                attempt = 0
+            if self._finished.is_set():
+                return
+            ceiling = min(self._dialling.max_delay, self._dialling.initial_delay * 2**attempt)
+            delay = self._random.uniform(0.1, 1.0) * ceiling
+            attempt += 1
+            self._log.info("dialling again", seconds=round(delay, 2))
+            try:
+                async with asyncio.timeout(delay):
+                    await self._finished.wait()
+            except TimeoutError:
+                continue
+
+    def drain(self, grace_period: float) -> None:
+        """Tell the coordinator, if connected, that the silo is stopping."""
+        if self._session is not None:
+            self._session.drain(grace_period)
+
+    def finish(self) -> None:
+        """End the session once everything queued is written, and do not dial again."""
+        self._finished.set()
+        if self._session is not None:
+            self._session.transport.finish()
+
+    async def _one_session(self, first: bool) -> bool:
+        """Dial and pump; returns whether the coordinator welcomed us."""
+        settings = self._dialling
+        expected = Expectation(IdentityRole.SILO, settings.federation)
+        options: list[tuple[str, int | str]] = [*GRPC_OPTIONS, ("grpc.enable_retries", 0)]
+        if settings.server_name is not None:
+            options.append(("grpc.ssl_target_name_override", settings.server_name))
+        credentials = channel_credentials(settings.files, expected)
+        async with grpc.aio.secure_channel(settings.address, credentials, options) as channel:
+            call = session_service_pb2_grpc.SessionServiceStub(channel).OpenSession()
+            transport = Transport(Role.SILO, call, self._sent)
+            session = CoordinatorSession(transport, self._agent, self._metrics)
+            self._session = session
+            transport.post(
+                Hello(
+                    software_version=fedrt.__version__,
+                    methods=tuple(method_names()),
+                    held_tasks=self._agent.held,
+                    device=self._report.device,
+                    memory_bytes=self._report.memory_bytes,
+                )
+            )
+            try:
+                await transport.run(lambda frame: self._on_frame(session, frame, first))
+                if not self._finished.is_set():
+                    self._log.info("session ended by the coordinator")
+            except grpc.aio.AioRpcError as error:
+                self._explain(error, session.welcomed)
+            except (RemoteProtocolError, SilenceError) as error:
+                self._log.warning("session lost", reason=str(error))
+            finally:
+                self._session = None
+                self._metrics.connected.set(0)
+                self._agent.submit(SessionDown(session))
+                call.cancel()
+        return session.welcomed
+
+    def _on_frame(self, session: CoordinatorSession, frame: Frame, first: bool) -> None:
+        if isinstance(frame, Welcome):
+            self._metrics.connected.set(1)
+            if not first:
+                self._metrics.reconnects.inc()
+            self._log.info("session open", session=frame.session_id, coordinator_version=frame.software_version)
+            self.on_connected()
+        session.on_frame(frame)
+
+    def _sent(self, frame: Frame) -> None:
+        self._departures.record(frame)
+        if isinstance(frame, PayloadChunk):
+            self._metrics.payload_bytes.labels("out").inc(len(frame.chunk.data))
+
+    def _explain(self, error: grpc.aio.AioRpcError, welcomed: bool) -> None:
+        code, details = error.code(), error.details() or ""
+        if code in _REFUSED:
+            raise IdentityError(f"the coordinator at '{self._dialling.address}' refused this silo: {details}")
+        if code is grpc.StatusCode.ABORTED:
+            raise IdentityError(f"{details}: another daemon runs with this silo's identity; stop one of the two")
+        if code is grpc.StatusCode.UNAVAILABLE and not welcomed:
+            details = explain_handshake_failure(self._dialling.files, details, datetime.now(UTC))
+        self._log.warning("session lost", address=self._dialling.address, status=code.name, reason=details)

@@ -1,0 +1,83 @@
+"""What a site allows: a pure function of the offered task, the site's rules and what the silo holds."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from fedrt.errors import SpecError
+from fedrt.methods import method_names
+from fedrt.task import RefusalReason, Task
+from fedrt.tensors import schema_sha256
+from silo.work import WorkerReport
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The rules of the site. `methods` and `experiments` are names or patterns such as "skin-*"."""
+
+    methods: tuple[str, ...] = ("*",)
+    experiments: tuple[str, ...] = ("*",)
+    min_examples: int = 1
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a task is not taken; the message reaches the operators on both sides."""
+
+    reason: RefusalReason
+    message: str
+
+
+def judge(task: Task, policy: Policy, report: WorkerReport) -> Refusal | None:
+    """None if the silo takes the task. The site's own rules come first."""
+    return _judge_policy(task, policy, report) or _judge_method(task) or _judge_model(task, report)
+
+
+def _judge_policy(task: Task, policy: Policy, report: WorkerReport) -> Refusal | None:
+    method = task.local.method_name
+    if not _matches(method, policy.methods):
+        return Refusal(RefusalReason.POLICY, f"policy.methods of this silo does not allow {method!r}")
+    if not _matches(task.experiment_id, policy.experiments):
+        return Refusal(RefusalReason.POLICY, f"policy.experiments of this silo does not allow {task.experiment_id!r}")
+    if report.example_count < policy.min_examples:
+        return Refusal(
+            RefusalReason.POLICY,
+            f"this silo has {report.example_count} training examples; its policy.min_examples asks for "
+            f"{policy.min_examples}",
+        )
+    return None
+
+
+def _judge_method(task: Task) -> Refusal | None:
+    name = task.local.method_name
+    if name not in method_names():
+        return _mismatch(f"method {name!r} is not installed at this silo; installed are {', '.join(method_names())}")
+    try:
+        specs = task.local.tensors()
+    except SpecError as error:
+        return _mismatch(str(error))
+    if schema_sha256(specs) != task.schema_sha256:
+        return _mismatch(f"this silo's {name!r} declares other tensors than the coordinator's; install equal versions")
+    return None
+
+
+def _judge_model(task: Task, report: WorkerReport) -> Refusal | None:
+    wanted = task.local.model
+    if wanted.weights_sha256 != report.weights_sha256:
+        return _mismatch(
+            f"the experiment names {wanted.architecture} weights {wanted.weights_sha256[:16]}...; this silo holds "
+            f"{report.architecture} weights {report.weights_sha256[:16]}...; install the named weights file"
+        )
+    if (wanted.context_dim, wanted.feature_dim) != (report.context_dim, report.feature_dim):
+        return _mismatch(
+            f"the experiment says context_dim {wanted.context_dim} and feature_dim {wanted.feature_dim}; this silo's "
+            f"model has {report.context_dim} and {report.feature_dim}"
+        )
+    return None
+
+
+def _mismatch(message: str) -> Refusal:
+    return Refusal(RefusalReason.METHOD_MISMATCH, message)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,101 @@
+"""Results that await their verdict, one file each, durable before they are sent."""
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import safetensors.numpy
+from pydantic import TypeAdapter
+
+from fedrt.errors import StorageError
+from fedrt.payload import describe
+from fedrt.statefile import ensure_private_directory, storage_error, write_atomic
+from fedrt.task import Failure, Outcome, Result, Success, TaskKind
+from fedrt.tensors import Tensors
+
+_OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
+_SHARED, _PRIVATE = "shared/", "private/"
+
+
+@dataclass(frozen=True)
+class Spooled:
+    """A finished task: its outcome, the shared tensors to send, and the private ones that acceptance will promote."""
+
+    task_id: str
+    experiment_id: str
+    round_number: int
+    kind: TaskKind
+    outcome: Outcome
+    shared: Tensors
+    private: Tensors
+
+    def to_send(self) -> tuple[Result, memoryview | None]:
+        """The result as it goes on the wire, and the bytes that follow it. Private tensors are not part of it."""
+        if not self.shared:
+            return Result(self.task_id, self.outcome, None), None
+        manifest, data = describe(self.task_id, self.shared)
+        return Result(self.task_id, self.outcome, manifest), data
+
+
+class Spool:
+    """A private directory of result files. All methods block; large tensors make them slow."""
+
+    def __init__(self, directory: Path) -> None:
+        ensure_private_directory(directory)
+        self._directory = directory
+
+    def put(self, result: Spooled) -> None:
+        """Store a result durably, replacing an earlier one of the task. Raises `StorageError`."""
+        kind = type(result.outcome).__name__
+        about = {
+            "task_id": result.task_id,
+            "experiment_id": result.experiment_id,
+            "round_number": result.round_number,
+            "kind": result.kind.value,
+            "outcome_kind": kind,
+            "outcome": _OUTCOME.dump_python(result.outcome, mode="json"),
+        }
+        tensors = {
+            **{_SHARED + name: array for name, array in result.shared.items()},
+            **{_PRIVATE + name: array for name, array in result.private.items()},
+        }
+        write_atomic(self._path(result.task_id), safetensors.numpy.save(tensors, {"result": json.dumps(about)}))
+
+    def load(self) -> list[Spooled]:
+        """Every stored result, oldest first. Raises `StorageError` naming a damaged file."""
+        paths = sorted(self._directory.glob("*.safetensors"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        return [_read(path) for path in paths]
+
+    def remove(self, task_id: str) -> None:
+        """Forget a result; nothing happens if there is none."""
+        self._path(task_id).unlink(missing_ok=True)
+
+    def size(self) -> tuple[int, int]:
+        """How many results lie here, and their bytes."""
+        sizes = [path.stat().st_size for path in self._directory.glob("*.safetensors")]
+        return len(sizes), sum(sizes)
+
+    def _path(self, task_id: str) -> Path:
+        return self._directory / f"{sha256(task_id.encode()).hexdigest()[:40]}.safetensors"
+
+
+def _read(path: Path) -> Spooled:
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            about = json.loads(file.metadata()["result"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except OSError as error:
+        raise storage_error("read", path, error) from error
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"spool file '{path}' is damaged; remove it, and its task is computed again") from error
+    outcome_type: type[Success] | type[Failure] = Success if about["outcome_kind"] == "Success" else Failure
+    return Spooled(
+        task_id=about["task_id"],
+        experiment_id=about["experiment_id"],
+        round_number=about["round_number"],
+        kind=TaskKind(about["kind"]),
+        outcome=TypeAdapter(outcome_type).validate_python(about["outcome"]),
+        shared={name.removeprefix(_SHARED): a for name, a in tensors.items() if name.startswith(_SHARED)},
+        private={name.removeprefix(_PRIVATE): a for name, a in tensors.items() if name.startswith(_PRIVATE)},
+    )

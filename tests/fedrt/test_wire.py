@@ -1,0 +1,268 @@
+"""The wire: every frame survives serialisation, and what cannot be read becomes an error with an owner."""
+
+import contextlib
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedrt.errors import PayloadError, SpecError
+from fedrt.session.frames import TaskOffer, TaskProgress, TaskReply, TaskResult, UnreadableOffer, UnreadableResult
+from fedrt.task import RefusalReason, Result, Success, TaskKind
+from fedrt.v1 import session_service_pb2 as session_pb
+from fedrt.v1 import task_pb2 as task_pb
+from fedrt.v1 import tensor_pb2 as tensor_pb
+from fedrt.wire import (
+    duration_from_pb,
+    duration_to_pb,
+    local_spec_from_pb,
+    local_spec_to_pb,
+    manifest_from_pb,
+    manifest_to_pb,
+    request_from_pb,
+    request_to_pb,
+    response_from_pb,
+    response_to_pb,
+    time_from_pb,
+    time_to_pb,
+)
+from tests import strategies as fedrt_st
+from tests.samples import payload, task
+
+Request = session_pb.OpenSessionRequest
+Response = session_pb.OpenSessionResponse
+UNKNOWN = 77  # a number that no enum of this version has
+
+
+@given(fedrt_st.silo_frames)
+def test_every_frame_of_a_silo_survives(frame):
+    assert request_from_pb(Request.FromString(request_to_pb(frame).SerializeToString())) == frame
+
+
+@given(fedrt_st.coordinator_frames)
+def test_every_frame_of_the_coordinator_survives(frame):
+    assert response_from_pb(Response.FromString(response_to_pb(frame).SerializeToString())) == frame
+
+
+@given(fedrt_st.local_specs, fedrt_st.digests)
+def test_every_local_spec_survives(spec, schema):
+    message = task_pb.LocalSpec.FromString(local_spec_to_pb(spec, schema).SerializeToString())
+    assert local_spec_from_pb(message) == spec
+    assert message.method.schema_sha256 == schema
+
+
+@given(fedrt_st.manifests())
+def test_every_manifest_survives(manifest):
+    assert manifest_from_pb(tensor_pb.PayloadManifest.FromString(manifest_to_pb(manifest).SerializeToString())) == manifest
+
+
+@given(st.floats(0, 1e9))
+def test_a_duration_is_right_to_the_nanosecond_and_does_not_drift(seconds):
+    once = duration_from_pb(duration_to_pb(seconds))
+    assert once == pytest.approx(seconds, abs=2e-9, rel=1e-15)
+    assert duration_from_pb(duration_to_pb(once)) == once
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.3, 1.1, 1.9, 59.9, 0.999999999, 1799.999])
+def test_a_duration_of_whole_nanoseconds_crosses_unchanged(seconds):
+    assert duration_from_pb(duration_to_pb(seconds)) == seconds
+
+
+@pytest.mark.parametrize("seconds", [0.9999999999, 1.9999999999, 1e9 - 1e-7])
+def test_the_nanoseconds_of_a_duration_stay_below_a_second(seconds):
+    assert 0 <= duration_to_pb(seconds).nanos < 1_000_000_000
+
+
+@given(st.floats(0, 4e9))
+def test_a_time_is_right_to_a_microsecond(seconds):
+    assert time_from_pb(time_to_pb(seconds)) == pytest.approx(seconds, abs=1e-6)
+
+
+class TestFramesOfALaterVersion:
+    """Whatever a later version adds to a message, an unknown field is all that this one sees."""
+
+    LATER = b"\xfa\x01\x03abc"  # field 31, three bytes
+
+    def test_an_unknown_frame_is_none(self):
+        assert request_from_pb(Request.FromString(self.LATER)) is None
+        assert response_from_pb(Response.FromString(self.LATER)) is None
+
+    def test_an_empty_message_is_none(self):
+        assert request_from_pb(Request()) is None
+        assert response_from_pb(Response()) is None
+
+    def test_an_unknown_field_beside_a_known_frame_is_ignored(self):
+        data = request_to_pb(TaskProgress("t", 1, 2)).SerializeToString()
+        assert request_from_pb(Request.FromString(data + self.LATER)) == TaskProgress("t", 1, 2)
+
+
+def offer_message():
+    manifest, _ = payload()
+    return response_to_pb(TaskOffer(task("t1"), manifest))
+
+
+OFFER_SPOILERS = {
+    "unknown kind": lambda offer: setattr(offer, "kind", UNKNOWN),
+    "no kind": lambda offer: offer.ClearField("kind"),
+    "unknown schedule": lambda offer: setattr(offer.local.training, "schedule", UNKNOWN),
+    "unknown precision": lambda offer: setattr(offer.local.training, "precision", UNKNOWN),
+    "unknown optimizer": lambda offer: setattr(offer.local.training.optimizer, "algorithm", UNKNOWN),
+    "unknown element type": lambda offer: setattr(offer.shared_tensors.tensors[0], "element_type", UNKNOWN),
+    "no spec": lambda offer: offer.ClearField("local"),
+    "no learning rate": lambda offer: offer.local.training.optimizer.ClearField("learning_rate"),
+    "short weights digest": lambda offer: setattr(offer.local.model, "weights_sha256", b"short"),
+    "hyper-parameters not JSON": lambda offer: setattr(offer.local.method, "hyperparameters_json", "{"),
+    "deep hyper-parameters": lambda offer: setattr(offer.local.method, "hyperparameters_json", "[" * 100_000),
+    "no experiment": lambda offer: offer.ClearField("experiment_id"),
+    "wrong byte count": lambda offer: setattr(offer.shared_tensors, "byte_count", 3),
+    "tensors to initialize": lambda offer: setattr(offer, "kind", task_pb.TASK_KIND_INITIALIZE),
+}
+
+
+@pytest.mark.parametrize("spoil", OFFER_SPOILERS.values(), ids=OFFER_SPOILERS)
+def test_an_offer_that_means_nothing_to_us_is_unreadable_and_keeps_its_task_id(spoil):
+    message = offer_message()
+    spoil(message.task_offer)
+    frame = response_from_pb(message)
+    assert isinstance(frame, UnreadableOffer)
+    assert frame.task_id == "t1"
+    assert frame.message
+
+
+def test_the_message_of_an_unreadable_offer_fits_the_refusal_that_quotes_it():
+    message = offer_message()
+    message.task_offer.local.class_names.append("c" * 5000)
+    frame = response_from_pb(message)
+    assert isinstance(frame, UnreadableOffer)
+    assert TaskReply(frame.task_id, RefusalReason.METHOD_MISMATCH, frame.message)
+
+
+def test_an_offer_without_a_usable_id_cannot_be_refused_and_is_an_error():
+    message = offer_message()
+    message.task_offer.task_id = "x" * 201
+    with pytest.raises(PayloadError, match="an id has 201 characters"):
+        response_from_pb(message)
+
+
+def result_message():
+    manifest, _ = payload()
+    return request_to_pb(TaskResult(Result("t1", Success(3, {"loss": 0.5}, 1.0), manifest)))
+
+
+def without_outcome(result):
+    result.ClearField("outcome")
+
+
+RESULT_SPOILERS = {
+    "no outcome": without_outcome,
+    "unknown failure reason": lambda result: setattr(result.failure, "reason", UNKNOWN),
+    "unknown element type": lambda result: setattr(result.success.shared_tensors.tensors[0], "element_type", UNKNOWN),
+    "wrong byte count": lambda result: setattr(result.success.shared_tensors, "byte_count", 3),
+    "too many metrics": lambda result: result.success.metrics.update({f"m{number}": 0.0 for number in range(257)}),
+}
+
+
+@pytest.mark.parametrize("spoil", RESULT_SPOILERS.values(), ids=RESULT_SPOILERS)
+def test_a_result_that_contradicts_itself_is_unreadable_and_keeps_its_task_id(spoil):
+    message = result_message()
+    spoil(message.task_result)
+    frame = request_from_pb(message)
+    assert isinstance(frame, UnreadableResult)
+    assert frame.task_id == "t1"
+    assert frame.message
+
+
+def refusal_of(reason):
+    return Request(task_reply=task_pb.TaskReply(task_id="t", refusal=task_pb.TaskRefusal(reason=reason)))
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (refusal_of(UNKNOWN), "RefusalReason number 77 is not known to this version"),
+        (refusal_of(0), "RefusalReason number 0 is not known to this version"),
+        (Request(task_reply=task_pb.TaskReply(task_id="t")), "a task reply holds no answer"),
+        (Request(task_progress=task_pb.TaskProgress()), "an id has 0 characters"),
+        (
+            Request(hello=session_pb.Hello(held_tasks=[session_pb.HeldTask(task_id="t", state=UNKNOWN)])),
+            "HeldState number 77 is not known",
+        ),
+        (Request(hello=session_pb.Hello(methods=["m"] * 1001)), "a list has 1001 items; allowed are 1000"),
+        (Request(hello=session_pb.Hello(resources=session_pb.Resources(device="d" * 2001))), "a text has 2001 characters; allowed are 2000"),
+        (Request(payload_chunk=tensor_pb.PayloadChunk(payload_id="p")), "a chunk has 0 bytes"),
+        (
+            Request(payload_chunk=tensor_pb.PayloadChunk(payload_id="p", data=b"x" * (256 * 1024 + 1))),
+            "a chunk has 262145 bytes",
+        ),
+        (Request(drain=session_pb.Drain(message="d" * 2001)), "a text has 2001 characters"),
+    ],
+)
+def test_a_frame_of_a_silo_that_means_nothing_is_an_error(message, complaint):
+    with pytest.raises(PayloadError, match=complaint):
+        request_from_pb(message)
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (Response(result_ack=task_pb.ResultAck(task_id="t", verdict=UNKNOWN)), "Verdict number 77 is not known"),
+        (Response(task_cancel=task_pb.TaskCancel(task_id="a\nb")), "an id has 3 characters; .*, all printable"),
+        (Response(welcome=session_pb.Welcome(session_id="s")), "heartbeat interval must be positive"),
+        (
+            Response(
+                welcome=session_pb.Welcome(
+                    session_id="s", heartbeat_interval=Duration(seconds=5), silence_limit=Duration(seconds=5)
+                )
+            ),
+            "below the silence limit",
+        ),
+    ],
+)
+def test_a_frame_of_the_coordinator_that_means_nothing_is_an_error(message, complaint):
+    with pytest.raises(PayloadError, match=complaint):
+        response_from_pb(message)
+
+
+def test_a_long_message_of_a_cancellation_is_cut_instead_of_ending_the_session():
+    frame = response_from_pb(Response(task_cancel=task_pb.TaskCancel(task_id="t", message="m" * 5000)))
+    assert len(frame.message) == 2000
+
+
+def test_a_manifest_of_a_million_tensors_is_refused_before_any_of_them_is_read():
+    header = tensor_pb.TensorHeader(name="", element_type=UNKNOWN)
+    message = tensor_pb.PayloadManifest(payload_id="p", tensors=[header] * 1_000_000)
+    with pytest.raises(PayloadError, match="a manifest has 1000000 tensors; allowed are 1 to 1024"):
+        manifest_from_pb(message)
+
+
+def reads_or_complains(parse, decode, data):
+    """Only errors with an owner may leave; None and frames are fine."""
+    with contextlib.suppress(DecodeError, PayloadError, SpecError):
+        decode(parse(data))
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_raise_nothing_unexpected(data):
+    reads_or_complains(Request.FromString, request_from_pb, data)
+    reads_or_complains(Response.FromString, response_from_pb, data)
+
+
+@given(
+    st.one_of(fedrt_st.silo_frames.map(request_to_pb), fedrt_st.coordinator_frames.map(response_to_pb)),
+    st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=3)), min_size=1, max_size=4),
+)
+def test_damaged_frames_raise_nothing_unexpected(message, damages):
+    data = bytearray(message.SerializeToString())
+    for place, replacement in damages:
+        start = place % (len(data) + 1)
+        data[start : start + 2] = replacement
+    reads_or_complains(Request.FromString, request_from_pb, bytes(data))
+    reads_or_complains(Response.FromString, response_from_pb, bytes(data))
+
+
+def test_every_kind_of_task_has_a_number_on_the_wire():
+    for kind in TaskKind:
+        frame = TaskOffer(task("t", kind), None)
+        assert response_from_pb(response_to_pb(frame)) == frame

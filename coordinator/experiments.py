@@ -137,8 +137,12 @@ def offers_on_connect(experiment: Experiment, silo_id: str, held: frozenset[str]
 
 
 def task_seed(experiment: Experiment, round_: Round, silo_id: str) -> int:
-    """63 bits that depend on the experiment's seed, the round, the silo and the kind of work only."""
-    text = f"{experiment.spec.seed}/{round_.number}/{silo_id}/{round_.kind.value}"
+    """63 bits that depend on the experiment's seed, the round, the silo and the kind of work only.
+
+    Initial tensors do not depend on the silo that computes them.
+    """
+    where = "" if round_.kind is TaskKind.INITIALIZE else silo_id
+    text = f"{experiment.spec.seed}/{round_.number}/{where}/{round_.kind.value}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

@@ -101,8 +101,9 @@ async def _run(config: SiloConfig, lifecycle: Lifecycle, agent: Agent, link: Lin
         link.finish()
         await asyncio.wait({link_task}, timeout=FLUSH_LIMIT)
     finally:
-        for task in (agent_task, link_task, stopping):
-            task.cancel()
+        stopping.cancel()
+        agent_task.cancel()
+        link_task.cancel()
         await asyncio.gather(agent_task, link_task, stopping, return_exceptions=True)
 
 

@@ -1,5 +1,6 @@
 """The session's rules: every illegal frame is refused without a trace, and no legal one is refused on arrival."""
 
+import copy
 import random
 from collections import Counter, deque
 
@@ -535,7 +536,7 @@ def test_no_frame_that_is_legal_to_send_is_illegal_on_arrival():
     often = (TaskOffer, TaskReply, TaskResult, TaskProgress, PayloadChunk, ResultAck)
     assert min(seen["legal", kind] for kind in often) > 300
     assert min(seen["illegal", kind] for kind in often) > 100
-    assert min(seen[verdict, kind] for verdict in ("legal", "illegal") for kind in (Hello, Welcome, Drain)) > 10
+    assert min(seen[verdict, kind] for verdict in ("legal", "illegal") for kind in (Hello, Welcome, Drain)) >= 5
 
 
 def test_both_ends_remember_the_same_once_everything_has_arrived():
@@ -549,26 +550,24 @@ def test_both_ends_remember_the_same_once_everything_has_arrived():
         assert first._tasks == second._tasks
 
 
-def test_random_illegal_frames_from_a_peer_raise_and_change_nothing():
-    refused = 0
-    for seed in range(60):
-        walk = Walk(1000 + seed)
-        for _ in range(100):
+def test_random_frames_from_a_peer_are_taken_or_change_nothing():
+    verdicts = Counter()
+    for seed in range(25):
+        walk = Walk(seed)
+        for _ in range(120):
             walk.step()
             role = walk.random.choice(tuple(Role))
-            if walk.wire.under_way[role]:
-                continue  # what is under way must arrive first
-            hearer = walk.wire.ends[COORDINATOR if role is SILO else SILO]
+            hearer = copy.deepcopy(walk.wire.ends[COORDINATOR if role is SILO else SILO])
             frame = walk.silo_frame() if role is SILO else walk.coordinator_frame()
             before = snapshot(hearer)
             try:
                 hearer.receive(frame)
             except RemoteProtocolError:
                 assert snapshot(hearer) == before
-                refused += 1
+                verdicts["refused"] += 1
             else:
-                break  # a forged but legal frame: from here on the two ends differ
-    assert refused > 100
+                verdicts["taken"] += 1
+    assert min(verdicts.values()) > 500
 
 
 def test_a_chunk_as_large_as_allowed_crosses():

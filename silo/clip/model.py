@@ -1,0 +1,130 @@
+"""A frozen CLIP on one device: image features, the text tower for class names, and token embeddings of phrases."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from open_clip.model import CLIP
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL.Image import Image
+from torch import Tensor
+
+from fedrt.errors import ConfigurationError, FailureReason, WorkError
+from silo.clip.architecture import Architecture, find_architecture
+from silo.clip.images import has_patches, image_features
+from silo.clip.text import ClassPosition, ClipTextTower, embed
+from silo.clip.tokens import Vocabulary
+from silo.clip.weights import WeightsFile, file_sha256, fill, find_weights, read_checkpoint
+from silo.method import ImageFeatures
+from silo.sources import ModelSource
+
+
+def load_clip(source: ModelSource) -> "FrozenClip":
+    """Load a CLIP in float32, frozen and in evaluation mode.
+
+    Raises `ConfigurationError` naming what is wrong with the architecture, the weights or the device.
+    """
+    device = find_device(source.device)
+    architecture = find_architecture(source.architecture)
+    weights = find_weights(source)
+    digest = file_sha256(weights.path)
+    checkpoint = read_checkpoint(weights.path, digest)
+    model = architecture.build(weights.quick_gelu or checkpoint.openai)
+    fill(model, checkpoint.tensors, source)
+    return FrozenClip(
+        architecture=architecture.name,
+        weights_sha256=digest,
+        model=model.requires_grad_(False).eval().to(device),
+        vocabulary=architecture.vocabulary(),
+        preprocess=_preprocess(architecture, weights, model),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenClip:
+    """`preprocess` turns an RGB image into [3, H, W]: resized (bicubic, short side), cropped, normalised."""
+
+    architecture: str
+    weights_sha256: str  # hexadecimal, of the weights file
+    model: CLIP
+    vocabulary: Vocabulary
+    preprocess: Callable[[Image], Tensor]
+
+    @property
+    def context_dim(self) -> int:
+        """E, the width of a context vector."""
+        return int(self.model.token_embedding.weight.shape[1])
+
+    @property
+    def feature_dim(self) -> int:
+        """D, the size of the joint space."""
+        projection = self.model.text_projection
+        return int(projection.out_features if isinstance(projection, torch.nn.Linear) else projection.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where features and contexts live."""
+        device: torch.device = self.model.token_embedding.weight.device
+        return device
+
+    @property
+    def device_name(self) -> str:
+        """For people: `cpu`, or for example `cuda:NVIDIA H200`."""
+        if self.device.type == "cuda":
+            return f"cuda:{torch.cuda.get_device_name(self.device)}"
+        return self.device.type
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether methods that need patch features can run."""
+        return has_patches(self.model)
+
+    def encode_images(self, images: Tensor, patches: bool) -> ImageFeatures:
+        """Unit-norm features of prepared images [B, 3, H, W]: pooled [B, D], patches [B, M, D] if asked for.
+
+        In float32 without TF32, so that features agree between devices. Raises `WorkError` if the tower has no patches.
+        """
+        if self.device.type == "cpu":
+            return image_features(self.model, images, patches)
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            return image_features(self.model, images.to(self.device), patches)
+
+    def text_tower(self, class_names: Sequence[str], position: ClassPosition = ClassPosition.END) -> ClipTextTower:
+        """The text tower bound to class names. Raises `WorkError` if a name cannot be spelled or is too long."""
+        return ClipTextTower(self.model, self.vocabulary, class_names, position)
+
+    def embed_phrase(self, text: str, length: int) -> Tensor:
+        """Token embeddings [L, E] of a phrase. Raises `WorkError` unless it has exactly `length` tokens."""
+        rows = self.vocabulary.encode(text.replace("_", " "))
+        if len(rows) != length:
+            raise WorkError(
+                FailureReason.DATA_UNAVAILABLE,
+                f"the phrase {text!r} has {len(rows)} tokens, but the context has {length}; "
+                f"set the context length to {len(rows)} or choose another phrase",
+            )
+        return embed(self.model, torch.tensor(rows, device=self.device))
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name. Raises `ConfigurationError` if it is unknown or absent."""
+    kind, _, number = name.partition(":")
+    if kind not in {"cpu", "cuda"} or (number and not number.isdecimal()) or (kind == "cpu" and ":" in name):
+        raise ConfigurationError(f"model.device {name!r} is not known; use 'cpu', 'cuda' or 'cuda:0'")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"model.device is {name!r}, but PyTorch finds no CUDA device; "
+            "check `nvidia-smi` and that torch was installed with CUDA, or set model.device to 'cpu'"
+        )
+    if int(number or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"model.device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA device(s), counted from 0"
+        )
+    return torch.device("cuda", int(number or 0))
+
+
+def _preprocess(architecture: Architecture, weights: WeightsFile, model: CLIP) -> Callable[[Image], Tensor]:
+    fields = {**architecture.preprocess, **weights.preprocess, "size": model.visual.image_size}
+    transform: Callable[[Image], Tensor] = image_transform_v2(PreprocessCfg(**fields), is_train=False)
+    return transform

@@ -1,0 +1,211 @@
+"""Local training: a method's loss, an optimiser of its own per call, and batches shuffled by a seed.
+
+The optimiser starts fresh in every call: no momentum leaks from round to round. The learning rate follows the whole
+experiment, not the call, so a cosine really ends at the last round. The last, smaller batch of an epoch is used.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedrt.errors import FailureReason, WorkError
+from fedrt.spec import OptimizerName, OptimizerSpec, Precision, Schedule, TrainingSpec
+from fedrt.tensors import Scope, TensorSpec
+from silo.method import Batch, ImageFeatures, LocalMethod, Params
+from silo.work import OnProgress
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A silo's N images as features, and their labels [N], indices into the experiment's classes; on one device."""
+
+    images: ImageFeatures
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def batch(self, chosen: Tensor | slice) -> Batch:
+        """The examples with these indices."""
+        patches = self.images.patches
+        images = ImageFeatures(self.images.pooled[chosen], None if patches is None else patches[chosen])
+        return Batch(images, self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class RoundPosition:
+    """Where in the experiment this round stands; rounds are counted from 1."""
+
+    round_number: int
+    round_count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.round_number <= self.round_count:
+            raise ValueError(f"round {self.round_number} of {self.round_count} does not exist")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train: the experiment's settings, the position of the round, and the seed of the shuffling."""
+
+    training: TrainingSpec
+    position: RoundPosition
+    seed: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """The tensors to start from: shared as received this round, private as held by this silo."""
+
+    received: Params
+    private: Params
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The tensors after training, detached; `loss` of `metrics` is the mean over the examples of the last epoch."""
+
+    shared: dict[str, Tensor]
+    private: dict[str, Tensor]
+    metrics: dict[str, float]
+
+
+def train(
+    method: LocalMethod,
+    specs: tuple[TensorSpec, ...],
+    start: Start,
+    examples: Examples,
+    plan: Plan,
+    on_progress: OnProgress,
+) -> Trained:
+    """Train for one round. The same arguments on the same device give the same bits; no global seed is touched.
+
+    Raises `WorkError` without examples, if the precision cannot be had here, or if the loss or a trained tensor is not
+    finite; `ValueError` if the tensors are not those that the method declares.
+    """
+    if not len(examples):
+        raise WorkError(FailureReason.DATA_UNAVAILABLE, "there are no training examples")
+    params = _trainable(specs, start)
+    device = examples.labels.device
+    arithmetic = autocast(plan.training.precision, device)
+    optimizer = make_optimizer(plan.training.optimizer, list(params.values()))
+    scaler = torch.amp.GradScaler(device.type, enabled=plan.training.precision is Precision.FP16)
+    shuffle = torch.Generator().manual_seed(plan.seed)
+    batches = -(-len(examples) // plan.training.batch_size)
+    mean_loss, steps = 0.0, 0
+    with _deterministic(device):
+        for epoch in range(plan.training.local_epochs):
+            optimizer.param_groups[0]["lr"] = learning_rate(plan.training, plan.position, epoch)
+            total = torch.zeros((), device=device)
+            for batch in _shuffled(examples, plan.training.batch_size, shuffle):
+                with arithmetic:
+                    loss = method.loss(params, start.received, batch)
+                _descend(loss, optimizer, scaler)
+                total += loss.detach().float() * len(batch.labels)
+                steps += 1
+                on_progress(steps, batches * plan.training.local_epochs)
+            mean_loss = float(total) / len(examples)  # the only wait for the device in an epoch, but for fp16
+            _check_finite(mean_loss, epoch)
+    return _finish(specs, params, mean_loss)
+
+
+def learning_rate(training: TrainingSpec, position: RoundPosition, epoch: int) -> float:
+    """The rate of local epoch `epoch` (from 0); a cosine falls from full to 0 over all epochs of all rounds."""
+    rate = training.optimizer.learning_rate
+    if training.schedule is Schedule.CONSTANT:
+        return rate
+    done = (position.round_number - 1) * training.local_epochs + epoch
+    return rate * 0.5 * (1 + math.cos(math.pi * done / (position.round_count * training.local_epochs)))
+
+
+def make_optimizer(spec: OptimizerSpec, tensors: list[Tensor]) -> torch.optim.Optimizer:
+    """A fresh optimiser. SGD is PyTorch's (decay into the gradient, no Nesterov); AdamW takes `momentum` as beta 1."""
+    match spec.name:
+        case OptimizerName.SGD:
+            return torch.optim.SGD(
+                tensors, lr=spec.learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay
+            )
+        case OptimizerName.ADAMW:
+            return torch.optim.AdamW(
+                tensors, lr=spec.learning_rate, betas=(spec.momentum, 0.999), weight_decay=spec.weight_decay
+            )
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The arithmetic of the forward pass; tensors stay in float32. Raises `WorkError` for fp16 on a CPU."""
+    match precision:
+        case Precision.FP32:
+            return nullcontext()
+        case Precision.BF16:
+            return torch.autocast(device.type, torch.bfloat16)
+        case Precision.FP16:
+            if device.type != "cuda":
+                raise WorkError(
+                    FailureReason.INTERNAL,
+                    "training.precision is fp16, which needs CUDA, but this silo computes on its CPU; use fp32 or bf16",
+                )
+            return torch.autocast(device.type, torch.float16)
+
+
+def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """One step; the scaler does nothing but in fp16, where it keeps small gradients and skips steps that overflow."""
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def _trainable(specs: tuple[TensorSpec, ...], start: Start) -> dict[str, Tensor]:
+    held = {Scope.SHARED: start.received, Scope.PRIVATE: start.private}
+    for scope, tensors in held.items():
+        declared = {spec.name: spec.shape for spec in specs if spec.scope is scope}
+        if declared != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+            raise ValueError(f"{scope.value} tensors {sorted(tensors)} are not the declared ones {sorted(declared)}")
+    if not specs:
+        raise ValueError("a method that declares no tensors cannot be trained")
+    return {spec.name: held[spec.scope][spec.name].detach().clone().requires_grad_(True) for spec in specs}
+
+
+def _shuffled(examples: Examples, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+    order = torch.randperm(len(examples), generator=generator).to(examples.labels.device)
+    for at in range(0, len(examples), batch_size):
+        yield examples.batch(order[at : at + batch_size])
+
+
+def _finish(specs: tuple[TensorSpec, ...], params: Params, mean_loss: float) -> Trained:
+    trained = {name: tensor.detach() for name, tensor in params.items()}
+    for name, tensor in trained.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise WorkError(FailureReason.NOT_FINITE, f"tensor {name!r} is not finite after training; lower the rate")
+    scopes = {
+        scope: {spec.name: trained[spec.name] for spec in specs if spec.scope is scope}
+        for scope in (Scope.SHARED, Scope.PRIVATE)
+    }
+    return Trained(scopes[Scope.SHARED], scopes[Scope.PRIVATE], {"loss": mean_loss})
+
+
+def _check_finite(mean_loss: float, epoch: int) -> None:
+    if not math.isfinite(mean_loss):
+        raise WorkError(
+            FailureReason.NOT_FINITE,
+            f"the loss is not finite in local epoch {epoch + 1}; lower training.optimizer.learning_rate or use fp32",
+        )
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On CUDA, ask for kernels that add in a fixed order; on a CPU they do so anyway and the switch would cost time."""
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)

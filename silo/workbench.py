@@ -1,0 +1,207 @@
+"""Carries out orders with a loaded CLIP, the silo's data and the installed methods; lives in the worker process."""
+
+import dataclasses
+import hashlib
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+
+from fedrt.errors import ConfigurationError, FailureReason, TensorError, WorkError
+from fedrt.spec import LocalSpec
+from fedrt.task import TaskKind
+from fedrt.tensors import (
+    Array,
+    Phrase,
+    Scope,
+    Tensors,
+    TensorSpec,
+    all_finite,
+    check_tensors,
+    initial_tensors,
+    of_scope,
+)
+from silo.clip.model import FrozenClip, load_clip
+from silo.clip.text import ClipTextTower
+from silo.data import Split, index
+from silo.data.labels import match_classes
+from silo.evaluation import evaluate
+from silo.features import ExperimentData, FeatureCache
+from silo.method import LocalMethod, Params
+from silo.methods import find_local_method
+from silo.sources import ModelSource
+from silo.training import Plan, RoundPosition, Start, train
+from silo.work import OnProgress, WorkerReport, WorkOrder, WorkOutcome
+from silo.worker_frames import Load
+
+UNKNOWN_IN_LOG = 50
+
+log = logging.getLogger(__name__)
+
+
+def open_workbench(load: Load) -> "Workbench":
+    """Index the data and load CLIP. Raises `ConfigurationError`."""
+    if load.threads is not None:
+        torch.set_num_threads(load.threads)
+    found = index(load.data)
+    if found.ignored_count:
+        log.info("%d files below data.root are no images and were passed over", found.ignored_count)
+    clip = load_clip(_on_device(load.model))
+    cache = FeatureCache(clip, found, load.data.max_unreadable_share)
+    try:
+        cache.survey()
+    except WorkError as error:
+        raise ConfigurationError(f"{error}; the log names them: repair or remove them, or raise the share") from error
+    return Workbench(clip, cache)
+
+
+def _on_device(source: ModelSource) -> ModelSource:
+    """`auto` is a GPU if there is one."""
+    if source.device != "auto":
+        return source
+    return dataclasses.replace(source, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Workbench:
+    """One CLIP and one index of images; serves orders of any experiment, one at a time."""
+
+    def __init__(self, clip: FrozenClip, cache: FeatureCache) -> None:
+        self._clip = clip
+        self._cache = cache
+        self._tower: tuple[tuple[str, ...], ClipTextTower] | None = None  # of the latest experiment
+
+    def report(self) -> WorkerReport:
+        """What is held now; the counts shrink when decoding finds a file unreadable."""
+        return WorkerReport(
+            architecture=self._clip.architecture,
+            weights_sha256=self._clip.weights_sha256,
+            context_dim=self._clip.context_dim,
+            feature_dim=self._clip.feature_dim,
+            device=self._clip.device_name,
+            memory_bytes=_memory_bytes(self._clip.device),
+            class_counts=self._cache.class_counts,
+            unreadable_count=self._cache.unreadable_count,
+        )
+
+    def perform(self, order: WorkOrder, on_progress: OnProgress) -> WorkOutcome:
+        """Do the work. Raises `WorkError`, `SpecError` and `TensorError`, all with messages that may leave the silo.
+
+        While images are decoded, `on_progress` is called with (0, 0): alive, nothing planned yet.
+        """
+        began = time.monotonic()
+        specs = order.local.tensors()
+        self._check_model(order.local)
+        match order.kind:
+            case TaskKind.INITIALIZE:
+                shared = self._initial(of_scope(specs, Scope.SHARED), order.seed)
+                outcome = WorkOutcome(shared, {}, 0, {}, 0.0)
+            case TaskKind.TRAIN:
+                outcome = self._train(order, specs, on_progress)
+            case TaskKind.EVALUATE:
+                outcome = self._evaluate(order, specs, on_progress)
+        _check_finite(outcome)
+        return dataclasses.replace(outcome, duration=time.monotonic() - began)
+
+    def _train(self, order: WorkOrder, specs: tuple[TensorSpec, ...], on_progress: OnProgress) -> WorkOutcome:
+        start = Start(*self._params(order, specs))
+        method, data = self._method(order.local), self._data(order.local, on_progress)
+        examples = data.features(Split.TRAIN, order.local.method().needs_patches)
+        position = RoundPosition(order.round_number, order.local.round_count)
+        plan = Plan(order.local.training, position, order.seed)
+        trained = train(method, specs, start, examples, plan, on_progress)
+        delta = {
+            name: np.asarray((tensor - start.received[name]).cpu(), np.float32)
+            for name, tensor in trained.shared.items()
+        }
+        private = {name: np.asarray(tensor.cpu(), np.float32) for name, tensor in trained.private.items()}
+        return WorkOutcome(delta, private, len(examples), trained.metrics, 0.0)
+
+    def _evaluate(self, order: WorkOrder, specs: tuple[TensorSpec, ...], on_progress: OnProgress) -> WorkOutcome:
+        shared, private = self._params(order, specs)
+        method, data = self._method(order.local), self._data(order.local, on_progress)
+        examples = data.features(Split.TEST, order.local.method().needs_patches)
+        metrics = evaluate(method, {**shared, **private}, examples)
+        return WorkOutcome({}, {}, len(examples), metrics, 0.0)
+
+    def _check_model(self, local: LocalSpec) -> None:
+        wanted, clip = local.model, self._clip
+        if wanted.weights_sha256 != clip.weights_sha256:
+            raise WorkError(
+                FailureReason.INTERNAL,
+                f"the experiment asks for weights {wanted.weights_sha256}, this silo holds {clip.weights_sha256}",
+            )
+        if (wanted.context_dim, wanted.feature_dim) != (clip.context_dim, clip.feature_dim):
+            raise WorkError(
+                FailureReason.INTERNAL,
+                f"the experiment names context and feature sizes {wanted.context_dim} and {wanted.feature_dim}, "
+                f"the weights have {clip.context_dim} and {clip.feature_dim}",
+            )
+
+    def _method(self, local: LocalSpec) -> LocalMethod:
+        build = find_local_method(local.method_name)
+        if self._tower is None or self._tower[0] != local.classes:
+            self._tower = (local.classes, self._clip.text_tower(local.classes))
+        return build(local.method(), self._tower[1])
+
+    def _data(self, local: LocalSpec, on_progress: OnProgress) -> ExperimentData:
+        match = match_classes(self._cache.labels, local.classes)
+        for label in match.unknown[:UNKNOWN_IN_LOG]:
+            log.error("label %r is no class of the experiment; map it in data.class_names or remove it", label)
+        match.check()
+        return ExperimentData(self._cache, match.indices, lambda done, total: on_progress(0, 0))
+
+    def _params(self, order: WorkOrder, specs: tuple[TensorSpec, ...]) -> tuple[Params, Params]:
+        """The shared tensors as received, and the private ones as held, or their initial values."""
+        shared_specs, private_specs = of_scope(specs, Scope.SHARED), of_scope(specs, Scope.PRIVATE)
+        check_tensors(shared_specs, order.shared)
+        private: Tensors = order.private or self._initial(private_specs, private_seed(order.experiment_id))
+        try:
+            check_tensors(private_specs, private)
+        except TensorError as error:
+            raise WorkError(FailureReason.INTERNAL, f"the private tensors that this silo holds: {error}") from error
+        return self._on_clip(order.shared), self._on_clip(private)
+
+    def _on_clip(self, tensors: Tensors) -> Params:
+        return {name: torch.from_numpy(np.array(array)).to(self._clip.device) for name, array in tensors.items()}
+
+    def _initial(self, specs: Iterable[TensorSpec], seed: int) -> dict[str, Array]:
+        """Like `initial_tensors`, and a phrase becomes its token embeddings, the same for every prompt of a tensor."""
+        values: dict[str, Array] = {}
+        for spec in specs:
+            if isinstance(spec.init, Phrase):
+                if len(spec.shape) < 2:
+                    raise WorkError(FailureReason.INTERNAL, f"tensor {spec.name!r} of shape {spec.shape} is no context")
+                embedded = self._clip.embed_phrase(spec.init.text, spec.shape[-2]).detach().cpu().numpy()
+                values[spec.name] = np.broadcast_to(embedded, spec.shape).astype(np.float32)
+            else:
+                values |= initial_tensors([spec], seed)
+        return values
+
+
+def private_seed(experiment_id: str) -> int:
+    """Seeds the initial private tensors: of the experiment, because a task's own seed changes from round to round.
+
+    So they are the same whichever round a silo first takes part in, and at every silo, as in the papers' code.
+    """
+    return int.from_bytes(hashlib.sha256(b"private tensors of " + experiment_id.encode()).digest()[:8], "big")
+
+
+def _check_finite(outcome: WorkOutcome) -> None:
+    groups: tuple[Mapping[str, Array], ...] = (outcome.shared, outcome.private)
+    for name, array in (item for group in groups for item in group.items()):
+        if not all_finite(array):
+            raise WorkError(FailureReason.NOT_FINITE, f"tensor {name!r} is not finite after the work")
+    for name, value in outcome.metrics.items():
+        if not math.isfinite(value):
+            raise WorkError(FailureReason.NOT_FINITE, f"the metric {name!r} is not finite")
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,63 @@
+"""Zero-shot CLIP: features of both image towers, logits of the handcrafted prompt, and of an ensemble of templates."""
+
+import torch
+import torch.nn.functional as F
+from recorded import Reference, close, settings, values
+from torch import Tensor
+
+from fedrt.methods.zeroshot import ZeroShot
+from silo.clip.text import embed, prompt_features
+from silo.methods import zeroshot
+
+
+def template_features(reference: Reference, template: str) -> Tensor:
+    """Features, not normalised, of one template for all classes, through the text tower's own functions."""
+    vocabulary = reference.clip.vocabulary
+    rows = [
+        [vocabulary.start, *vocabulary.encode(template.format(name.replace("_", " "))), vocabulary.end]
+        for name in reference.class_names
+    ]
+    length = max(map(len, rows))
+    padded = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    ends = torch.tensor([len(row) - 1 for row in rows])
+    return prompt_features(reference.clip.model, embed(reference.clip.model, padded), ends)
+
+
+def test_image_features_of_both_towers(reference: Reference) -> None:
+    recorded, images = values("zeroshot"), values("images")
+    close(reference.clip.model.encode_image(reference.images[:4]), recorded["image_features_raw"])
+    close(reference.batch(0).images.pooled, F.normalize(recorded["image_features_raw"], dim=-1))
+    for patches in (False, True):
+        features = reference.resnet.encode_images(images["images_rn"], patches)
+        close(features.pooled, F.normalize(recorded["image_features_raw_rn"], dim=-1))
+
+
+def test_logits_of_the_handcrafted_prompt(reference: Reference) -> None:
+    recorded = values("zeroshot")
+    tower = reference.clip.text_tower(reference.class_names)
+    close(tower.handcrafted(), recorded["text_features_norm"])
+    logits = zeroshot.build(ZeroShot(), tower).logits({}, reference.batch(0).images)
+    close(logits, recorded["logits"])
+    assert logits.argmax(1).tolist() == recorded["predictions"].tolist()
+
+
+def test_raw_text_features_and_the_ensemble(reference: Reference) -> None:
+    recorded = values("zeroshot")
+    close(template_features(reference, "a photo of a {}."), recorded["text_features_raw"])
+    units = [F.normalize(template_features(reference, t), dim=-1) for t in settings("zeroshot")["ensemble_templates"]]
+    ensemble = F.normalize(torch.stack(units).mean(0), dim=-1)
+    close(ensemble, recorded["ensemble_text_features_norm"])
+    tower = reference.clip.text_tower(reference.class_names)
+    close(tower.logit_scale * reference.batch(0).images.pooled @ ensemble.T, recorded["ensemble_logits"])
+
+
+def test_patches_of_both_towers(reference: Reference) -> None:
+    """The recorded visual tokens lie with FedOTP's case; index 0 is the global feature."""
+    recorded = values("fedotp")
+    vit = reference.clip.encode_images(reference.images[:4], patches=True)
+    resnet = reference.resnet.encode_images(values("images")["images_rn"], patches=True)
+    for features, name in ((vit, "cot_visual_tokens_raw"), (resnet, "rn_visual_tokens_raw")):
+        tokens = F.normalize(recorded[name].transpose(0, 1), dim=-1)  # [B, 1 + M, D]
+        close(features.pooled, tokens[:, 0])
+        assert features.patches is not None
+        close(features.patches, tokens[:, 1:])

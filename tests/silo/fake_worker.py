@@ -1,0 +1,80 @@
+"""A worker process without CLIP: serves orders like `silo.worker_main`, and misbehaves as the method name says."""
+
+import os
+import signal
+import socket
+import sys
+import time
+
+import numpy as np
+
+from fedrt.errors import ConfigurationError, FailureReason, TensorError, WorkError
+from silo.work import OnProgress, WorkerReport, WorkOrder, WorkOutcome
+from silo.worker_frames import Load
+from silo.worker_main import die_with_parent, serve
+
+REPORT = WorkerReport("fake", "0" * 64, 4, 8, "cpu", 1 << 30, {"train": {"a": 3}}, 0)
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named like torch's."""
+
+
+class FakeBench:
+    unreadable = 0
+
+    def report(self) -> WorkerReport:
+        counts = {"train": {"a": 3 - self.unreadable}}
+        return WorkerReport("fake", "0" * 64, 4, 8, "cpu", 1 << 30, counts, self.unreadable)
+
+    def perform(self, order: WorkOrder, on_progress: OnProgress) -> WorkOutcome:
+        behaviour = order.local.method_name
+        match behaviour:
+            case "hang":
+                on_progress(0, 0)
+                time.sleep(600)
+            case "stubborn":
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                on_progress(0, 0)
+                time.sleep(600)
+            case "segfault":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "exit":
+                print("goodbye " + "x" * 10_000, flush=True)
+                os._exit(7)
+            case "memory":
+                raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB at /secret")
+            case "allocator":
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+            case "bug":
+                raise KeyError("/data/patients/jane-doe.png")
+            case "work-error":
+                raise WorkError(FailureReason.NOT_FINITE, "the loss is not finite")
+            case "tensor-error":
+                raise TensorError("tensor 'context' is missing")
+            case "unreadable":
+                self.unreadable += 1
+        on_progress(1, 2)
+        on_progress(2, 2)
+        delta = {name: np.asarray(array) + 1 for name, array in order.shared.items()}
+        return WorkOutcome(delta, dict(order.private), 3, {"pid": float(os.getpid())}, 0.5)
+
+
+def open_fake(load: Load) -> FakeBench:
+    match load.model.weights:
+        case "missing":
+            raise ConfigurationError("model.weights 'missing' does not exist; copy it there")
+        case "crash":
+            os._exit(3)
+        case "bug":
+            raise KeyError("secret")
+    print("INFO loaded", file=sys.stderr, flush=True)
+    print("a line of a library", flush=True)
+    return FakeBench()
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        serve(connection, open_fake)

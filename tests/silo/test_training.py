@@ -1,0 +1,261 @@
+"""Local training, recomputed by hand on losses so simple that every step can be written down."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedrt.errors import FailureReason, WorkError
+from fedrt.spec import OptimizerName, OptimizerSpec, Precision, Schedule, TrainingSpec
+from fedrt.tensors import Scope, TensorSpec
+from silo.method import Batch, ImageFeatures, LocalMethod, Params
+from silo.training import Examples, Plan, RoundPosition, Start, Trained, learning_rate, train
+
+SPECS = (TensorSpec("context", (2,), Scope.SHARED), TensorSpec("own", (2,), Scope.PRIVATE))
+Loss = Callable[[Params, Params, Batch], Tensor]
+
+
+def method(loss: Loss) -> LocalMethod:
+    return LocalMethod(lambda params, images: images.pooled, loss)
+
+
+def quadratic(params: Params, received: Params, batch: Batch) -> Tensor:
+    """½‖context − mean of the batch‖² + 2·own₀: gradients are context − mean and (2, 0)."""
+    return 0.5 * (params["context"] - batch.images.pooled.mean(0)).square().sum() + 2 * params["own"][0]
+
+
+def numbered(count: int) -> Examples:
+    """Image i has the features (i, 1) and the label i."""
+    index = torch.arange(count)
+    return Examples(ImageFeatures(torch.stack([index.float(), torch.ones(count)], 1), None), index)
+
+
+def start(value: float = 1.0) -> Start:
+    return Start({"context": torch.full((2,), value)}, {"own": torch.full((2,), value)})
+
+
+def plan(seed: int = 1, position: tuple[int, int] = (1, 1), **settings: object) -> Plan:
+    optimizer = settings.pop("optimizer", OptimizerSpec(learning_rate=0.1, momentum=0.0, weight_decay=0.0))
+    return Plan(TrainingSpec(optimizer=optimizer, **settings), RoundPosition(*position), seed)  # type: ignore[arg-type]
+
+
+def silent(done: int, planned: int) -> None:
+    """Nobody watches."""
+
+
+def run(loss: Loss, examples: Examples, how: Plan, begin: Start | None = None) -> Trained:
+    return train(method(loss), SPECS, begin or start(), examples, how, silent)
+
+
+def test_one_step_by_hand() -> None:
+    trained = run(quadratic, numbered(3), plan())
+    # gradient (1 − 1, 1 − 1) for context, (2, 0) for own; rate 0.1
+    assert trained.shared["context"].tolist() == pytest.approx([1.0, 1.0])
+    assert trained.private["own"].tolist() == pytest.approx([0.8, 1.0])
+    assert trained.metrics == {"loss": pytest.approx(0.5 * 0 + 2 * 1.0)}
+    assert not trained.shared["context"].requires_grad
+
+
+def test_two_steps_with_momentum_and_decay_by_hand() -> None:
+    sgd = OptimizerSpec(OptimizerName.SGD, learning_rate=0.1, momentum=0.5, weight_decay=0.01)
+    trained = run(quadratic, numbered(5), plan(optimizer=sgd, local_epochs=2), start(3.0))
+    p, v = 3.0, 0.0
+    for _ in range(2):
+        v = 0.5 * v + (p - 2.0) + 0.01 * p  # the mean of 0..4 is 2; PyTorch's first step has v = g, the same here
+        p -= 0.1 * v
+    assert float(trained.shared["context"][0]) == pytest.approx(p, rel=1e-6)
+
+
+def test_adamw_first_step_has_the_size_of_the_rate() -> None:
+    adam = OptimizerSpec(OptimizerName.ADAMW, learning_rate=0.1, momentum=0.9, weight_decay=0.5)
+    trained = run(quadratic, numbered(5), plan(optimizer=adam), start(3.0))
+    assert float(trained.shared["context"][0]) == pytest.approx(3.0 * (1 - 0.1 * 0.5) - 0.1, rel=1e-5)
+
+
+def test_optimiser_state_is_fresh_in_every_call() -> None:
+    sgd = OptimizerSpec(OptimizerName.SGD, learning_rate=0.1, momentum=0.9, weight_decay=0.0)
+    once = run(quadratic, numbered(5), plan(optimizer=sgd), start(3.0))
+    again = run(quadratic, numbered(5), plan(optimizer=sgd), Start(once.shared, once.private))
+    assert float(again.shared["context"][0]) == pytest.approx(2.9 - 0.1 * 0.9, rel=1e-6)  # without a carried velocity
+
+
+def test_received_tensors_are_the_anchor_and_are_not_changed() -> None:
+    begin = start(3.0)
+    seen: list[float] = []
+
+    def loss(params: Params, received: Params, batch: Batch) -> Tensor:
+        seen.append(float(received["context"][0]))
+        return (params["context"] - received["context"] - 1).square().sum() + params["own"].sum()
+
+    run(loss, numbered(4), plan(local_epochs=3), begin)
+    assert seen == [3.0] * 3
+    assert begin.received["context"].tolist() == [3.0, 3.0]
+    assert begin.private["own"].tolist() == [3.0, 3.0]
+
+
+def batches_of(examples: Examples, how: Plan) -> list[list[int]]:
+    seen: list[list[int]] = []
+
+    def loss(params: Params, received: Params, batch: Batch) -> Tensor:
+        assert torch.equal(batch.images.pooled[:, 0], batch.labels.float())  # images and labels stay together
+        seen.append(batch.labels.tolist())
+        return params["context"].sum() + params["own"].sum()
+
+    run(loss, examples, how)
+    return seen
+
+
+def test_every_example_once_per_epoch_and_the_last_batch_is_smaller() -> None:
+    seen = batches_of(numbered(7), plan(batch_size=3, local_epochs=2))
+    assert [len(batch) for batch in seen] == [3, 3, 1, 3, 3, 1]
+    epochs = [[i for batch in seen[at : at + 3] for i in batch] for at in (0, 3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(7))] * 2
+    assert epochs[0] != epochs[1]
+
+
+def test_batch_larger_than_the_data_and_a_single_image() -> None:
+    assert [sorted(batch) for batch in batches_of(numbered(3), plan(batch_size=32))] == [[0, 1, 2]]
+    assert batches_of(numbered(1), plan(batch_size=32)) == [[0]]
+
+
+def test_shuffling_depends_on_the_seed_only() -> None:
+    first = batches_of(numbered(20), plan(seed=5, batch_size=4))
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    assert batches_of(numbered(20), plan(seed=5, batch_size=4)) == first
+    assert torch.equal(torch.get_rng_state(), before)
+    assert batches_of(numbered(20), plan(seed=6, batch_size=4)) != first
+    batches_of(numbered(2), plan(seed=2**63 - 1))
+
+
+def test_patches_travel_with_their_images() -> None:
+    count = 5
+    patches = torch.arange(count).float()[:, None, None].expand(count, 3, 2)
+    examples = Examples(ImageFeatures(numbered(count).images.pooled, patches), torch.arange(count))
+
+    def loss(params: Params, received: Params, batch: Batch) -> Tensor:
+        assert batch.images.patches is not None
+        assert torch.equal(batch.images.patches[:, 2, 1], batch.labels.float())
+        return params["context"].sum() + params["own"].sum()
+
+    run(loss, examples, plan(batch_size=2))
+
+
+def test_same_arguments_give_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = ImageFeatures(torch.randn(50, 2, generator=generator), None)
+    examples = Examples(images, torch.arange(50))
+
+    def loss(params: Params, received: Params, batch: Batch) -> Tensor:
+        return (batch.images.pooled @ params["context"]).exp().mean() + (params["own"] * params["context"]).sum()
+
+    runs = [run(loss, examples, plan(seed=3, batch_size=8, local_epochs=3)) for _ in range(2)]
+    assert torch.equal(runs[0].shared["context"], runs[1].shared["context"])
+    assert torch.equal(runs[0].private["own"], runs[1].private["own"])
+    assert runs[0].metrics == runs[1].metrics
+
+
+def test_loss_is_the_mean_over_the_examples_of_the_last_epoch() -> None:
+    def loss(params: Params, received: Params, batch: Batch) -> Tensor:
+        return batch.labels.float().mean() + 0 * (params["context"].sum() + params["own"].sum())
+
+    trained = run(loss, numbered(7), plan(batch_size=3, local_epochs=2))
+    assert trained.metrics["loss"] == pytest.approx(3.0)  # not the mean of the three batch means
+
+
+def test_progress_counts_steps() -> None:
+    seen: list[tuple[int, int]] = []
+    train(method(quadratic), SPECS, start(), numbered(5), plan(batch_size=2, local_epochs=2), lambda *a: seen.append(a))
+    assert seen == [(step, 6) for step in range(1, 7)]
+
+
+def test_cosine_falls_over_the_whole_experiment() -> None:
+    settings = TrainingSpec(local_epochs=2, schedule=Schedule.COSINE, optimizer=OptimizerSpec(learning_rate=0.4))
+    rates = [learning_rate(settings, RoundPosition(r, 3), e) for r in (1, 2, 3) for e in (0, 1)]
+    assert rates == pytest.approx([0.2 * (1 + math.cos(math.pi * k / 6)) for k in range(6)])
+    assert (rates[0], rates[3]) == (0.4, pytest.approx(0.2))
+
+
+def test_rate_of_each_epoch_is_used() -> None:
+    def slope(params: Params, received: Params, batch: Batch) -> Tensor:
+        return params["context"].sum() + params["own"].sum()  # every step moves by the rate
+
+    how = plan(position=(2, 3), local_epochs=2, schedule=Schedule.COSINE)
+    moved = 1.0 - float(run(slope, numbered(3), how).shared["context"][0])
+    assert moved == pytest.approx(0.05 * sum(1 + math.cos(math.pi * k / 6) for k in (2, 3)), rel=1e-6)
+    constant = plan(position=(3, 3), local_epochs=2)
+    assert 1.0 - float(run(slope, numbered(3), constant).shared["context"][0]) == pytest.approx(0.2, rel=1e-6)
+
+
+@pytest.mark.parametrize("position", [(0, 3), (4, 3)])
+def test_rounds_are_counted_from_one(position: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        RoundPosition(*position)
+
+
+def test_bf16_computes_in_half_and_keeps_float32() -> None:
+    seen: list[torch.dtype] = []
+
+    def loss(params: Params, received: Params, batch: Batch) -> Tensor:
+        product = batch.images.pooled @ params["context"][:, None]
+        seen.append(product.dtype)
+        return product.float().mean() + params["own"].sum()
+
+    trained = run(loss, numbered(4), plan(precision=Precision.BF16))
+    assert (seen[0], trained.shared["context"].dtype) == (torch.bfloat16, torch.float32)
+    assert float(trained.shared["context"][0]) == pytest.approx(1 - 0.1 * 1.5, rel=1e-2)
+
+
+def failure(loss: Loss, examples: Examples, how: Plan, begin: Start | None = None) -> WorkError:
+    with pytest.raises(WorkError) as caught:
+        run(loss, examples, how, begin)
+    return caught.value
+
+
+def test_fp16_needs_cuda() -> None:
+    error = failure(quadratic, numbered(4), plan(precision=Precision.FP16))
+    assert "fp16, which needs CUDA" in str(error)
+    assert "use fp32 or bf16" in str(error)
+
+
+def test_no_examples() -> None:
+    assert failure(quadratic, numbered(0), plan()).reason is FailureReason.DATA_UNAVAILABLE
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_or_loss_not_finite(value: float) -> None:
+    examples = Examples(ImageFeatures(torch.full((3, 2), value), None), torch.arange(3))
+    error = failure(quadratic, examples, plan())
+    assert error.reason is FailureReason.NOT_FINITE
+    assert "local epoch 1" in str(error)
+    assert "learning_rate" in str(error)
+
+
+def test_tensor_not_finite_after_a_finite_loss() -> None:
+    def loss(params: Params, received: Params, batch: Batch) -> Tensor:
+        return (params["context"] - 1).sqrt().sum() + params["own"].sum()  # at 1: value 0, gradient infinite
+
+    error = failure(loss, numbered(3), plan())
+    assert error.reason is FailureReason.NOT_FINITE
+    assert "'context' is not finite" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("begin", "message"),
+    [
+        (Start({}, {"own": torch.zeros(2)}), r"shared tensors \[\]"),
+        (Start({"context": torch.zeros(2)}, {}), r"private tensors \[\]"),
+        (Start({"context": torch.zeros(3)}, {"own": torch.zeros(2)}), "shared tensors"),
+        (Start({"context": torch.zeros(2), "own": torch.zeros(2)}, {"own": torch.zeros(2)}), "shared tensors"),
+    ],
+)
+def test_tensors_must_be_the_declared_ones(begin: Start, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(quadratic, numbered(3), plan(), begin)
+
+
+def test_method_without_tensors_cannot_be_trained() -> None:
+    with pytest.raises(ValueError, match="declares no tensors"):
+        train(method(quadratic), (), Start({}, {}), numbered(3), plan(), silent)

@@ -1,0 +1,354 @@
+"""Orders carried out with the embedded CLIP on a small folder of real image files, in this process and in a child."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from structlog.testing import CapturingLogger
+
+import fedrt.methods
+import silo.methods
+from fedrt.aggregation import ServerState, Update
+from fedrt.errors import ConfigurationError, FailureReason, SpecError, TensorError, WorkError
+from fedrt.method import ModelDims
+from fedrt.spec import LocalSpec, ModelSpec, TrainingSpec
+from fedrt.task import TaskKind
+from fedrt.tensors import Normal, Scope, TensorSpec, initial_tensors
+from silo.clip.model import FrozenClip, load_clip
+from silo.data import Split, index
+from silo.embedded import embedded_paths
+from silo.features import FeatureCache
+from silo.method import Batch, ImageFeatures, LocalMethod, Params, TextTower
+from silo.sources import DataSource, ModelSource
+from silo.work import WorkOrder
+from silo.workbench import Workbench, open_workbench, private_seed
+from silo.worker import ProcessWorker
+from silo.worker_frames import Load
+
+pytestmark = pytest.mark.skipif(
+    not embedded_paths().weights_path.is_file(), reason="the embedded CLIP has not been trained in this checkout"
+)
+MODEL = ModelSource("fedrt-tiny", "embedded")
+CLASSES = ("green circle", "blue square", "red triangle")
+
+
+@pytest.fixture(scope="module")
+def clip() -> Iterator[FrozenClip]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a tiny model on busy cores: more threads only wait for each other
+    yield load_clip(MODEL)
+    torch.set_num_threads(threads)
+
+
+def draw(root: Path) -> Path:
+    """Ten red and ten blue images with noise; the silo has no green ones and writes its labels its own way."""
+    noise = np.random.default_rng(0)
+    for label, colour in {"Blue_Square": (40, 60, 230), "RED triangle": (230, 40, 40)}.items():
+        (root / label).mkdir(parents=True)
+        for number in range(10):
+            pixels = np.clip(np.array(colour) + noise.normal(0, 20, (40, 36, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / label / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return draw(tmp_path / "images")
+
+
+def bench(clip: FrozenClip, root: Path, share: float = 0.0, test_share: float = 0.2) -> Workbench:
+    source = DataSource("image_folder", root, test_share=test_share)
+    return Workbench(clip, FeatureCache(clip, index(source), share))
+
+
+def local(clip: FrozenClip, method: str = "promptfl", hyperparameters: str = '{"context_length":2}') -> LocalSpec:
+    model = ModelSpec(clip.architecture, clip.weights_sha256, clip.context_dim, clip.feature_dim)
+    return LocalSpec(method, hyperparameters, model, CLASSES, TrainingSpec(local_epochs=2, batch_size=5), 4)
+
+
+def order(spec: LocalSpec, kind: TaskKind = TaskKind.TRAIN, seed: int = 11) -> WorkOrder:
+    shared = {} if kind is TaskKind.INITIALIZE else shared_of(spec)
+    return WorkOrder("t1", "e1", kind, spec, 1, seed, shared)
+
+
+def shared_of(spec: LocalSpec) -> dict[str, np.ndarray]:
+    return initial_tensors([one for one in spec.tensors() if one.scope is Scope.SHARED], 1)
+
+
+def quiet(done: int, planned: int) -> None:
+    pass
+
+
+def test_the_report_says_what_is_held(clip: FrozenClip, root: Path) -> None:
+    report = bench(clip, root).report()
+    assert report.weights_sha256 == clip.weights_sha256
+    assert report.class_counts == {
+        "train": {"Blue_Square": 8, "RED triangle": 8},
+        "test": {"Blue_Square": 2, "RED triangle": 2},
+    }
+    assert report.example_count == 16
+    assert (report.device, report.unreadable_count) == ("cpu", 0)
+    assert report.memory_bytes > 1 << 28
+
+
+def test_training_gives_a_delta_that_lowers_the_loss(clip: FrozenClip, root: Path) -> None:
+    spec = local(clip)
+    work, steps = bench(clip, root), []
+    outcome = work.perform(order(spec), lambda done, planned: steps.append((done, planned)))
+    assert outcome.example_count == 16
+    assert outcome.shared["context"].dtype == np.float32
+    assert outcome.shared["context"].shape == (2, clip.context_dim)
+    assert np.abs(outcome.shared["context"]).max() > 0
+    assert outcome.private == {}
+    assert steps[0] == (0, 0)
+    assert steps[-1] == (8, 8)
+    assert outcome.duration > 0
+    evaluate = order(spec, TaskKind.EVALUATE)
+    before = work.perform(evaluate, quiet)
+    trained = {"context": evaluate.shared["context"] + outcome.shared["context"]}
+    after = work.perform(dataclasses.replace(evaluate, shared=trained), quiet)
+    assert (before.example_count, before.shared, before.private) == (4, {}, {})
+    assert after.metrics["loss"] < before.metrics["loss"]
+    assert 0 <= before.metrics["accuracy"] <= after.metrics["accuracy"] <= 1
+
+
+def test_training_depends_on_the_seed_and_nothing_else(clip: FrozenClip, root: Path) -> None:
+    spec = local(clip)
+    first, second = bench(clip, root), bench(clip, root)
+    second.perform(order(spec, TaskKind.EVALUATE), quiet)
+    torch.manual_seed(5)
+    one, other = (each.perform(order(spec), quiet).shared["context"].tobytes() for each in (first, second))
+    assert one == other
+    assert first.perform(order(spec, seed=12), quiet).shared["context"].tobytes() != one
+
+
+def test_zero_shot_evaluates_without_tensors(clip: FrozenClip, root: Path) -> None:
+    outcome = bench(clip, root).perform(order(local(clip, "zeroshot", "{}"), TaskKind.EVALUATE), quiet)
+    assert set(outcome.metrics) == {"accuracy", "loss"}
+
+
+def test_initial_values_with_a_phrase_come_from_clip(clip: FrozenClip, root: Path) -> None:
+    spec = local(clip, hyperparameters='{"context_length":3,"context_init":"a photo of"}')
+    outcome = bench(clip, root).perform(order(spec, TaskKind.INITIALIZE), quiet)
+    expected = clip.embed_phrase("a photo of", 3).detach().numpy()
+    assert outcome.shared["context"].tobytes() == expected.astype(np.float32).tobytes()
+    assert outcome.example_count == 0
+
+
+def test_initial_values_without_a_phrase_are_those_of_every_machine(clip: FrozenClip, root: Path) -> None:
+    spec = local(clip)
+    outcome = bench(clip, root).perform(order(spec, TaskKind.INITIALIZE, seed=9), quiet)
+    assert outcome.shared["context"].tobytes() == initial_tensors(spec.tensors(), 9)["context"].tobytes()
+
+
+# --- private tensors -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Twofold:
+    """A method with a shared and a private context."""
+
+    name: ClassVar[str] = "twofold"
+    needs_patches: ClassVar[bool] = True
+
+    def tensors(self, dims: ModelDims) -> tuple[TensorSpec, ...]:
+        shape = (2, dims.context_dim)
+        return (
+            TensorSpec("context", shape, Scope.SHARED),
+            TensorSpec("own", shape, Scope.PRIVATE, Normal(0.02)),
+        )
+
+    def aggregate(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
+        return state
+
+
+def build_twofold(declaration: Twofold, tower: TextTower) -> LocalMethod:
+    def logits(params: Params, images: ImageFeatures) -> torch.Tensor:
+        assert images.patches is not None
+        return tower.logit_scale * images.pooled @ tower.encode(params["context"] + params["own"]).T
+
+    def loss(params: Params, received: Params, batch: Batch) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits(params, batch.images), batch.labels)
+
+    return LocalMethod(logits, loss)
+
+
+@pytest.fixture
+def twofold(clip: FrozenClip, monkeypatch: pytest.MonkeyPatch) -> LocalSpec:
+    monkeypatch.setitem(fedrt.methods.BUILT_IN, "twofold", Twofold)
+    monkeypatch.setitem(silo.methods.BUILT_IN, "twofold", build_twofold)
+    return local(clip, "twofold", "{}")
+
+
+def test_private_tensors_start_from_the_experiment_and_go_on_from_what_is_held(
+    clip: FrozenClip, root: Path, twofold: LocalSpec
+) -> None:
+    work = bench(clip, root)
+    first = order(twofold)
+    implicit = work.perform(first, quiet)
+    start = initial_tensors([twofold.tensors()[1]], private_seed("e1"))
+    explicit = work.perform(dataclasses.replace(first, private=start), quiet)
+    assert set(implicit.shared) == {"context"}
+    assert set(implicit.private) == {"own"}
+    assert implicit.private["own"].tobytes() == explicit.private["own"].tobytes() != start["own"].tobytes()
+    elsewhere = work.perform(dataclasses.replace(first, experiment_id="e2"), quiet)
+    assert elsewhere.private["own"].tobytes() != implicit.private["own"].tobytes()
+    onward = work.perform(dataclasses.replace(first, private=implicit.private, round_number=2), quiet)
+    assert onward.private["own"].tobytes() != implicit.private["own"].tobytes()
+
+
+def test_private_tensors_of_another_shape_are_this_silo_s_fault(
+    clip: FrozenClip, root: Path, twofold: LocalSpec
+) -> None:
+    wrong = dataclasses.replace(order(twofold), private={"own": np.zeros((9, 9), np.float32)})
+    with pytest.raises(WorkError, match="the private tensors that this silo holds") as caught:
+        bench(clip, root).perform(wrong, quiet)
+    assert caught.value.reason is FailureReason.INTERNAL
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_other_weights_than_the_experiment_s_are_refused_with_both_digests(clip: FrozenClip, root: Path) -> None:
+    model = dataclasses.replace(local(clip).model, weights_sha256="ab" * 32)
+    with pytest.raises(WorkError, match=f"asks for weights {'ab' * 32}, this silo holds {clip.weights_sha256}"):
+        bench(clip, root).perform(order(dataclasses.replace(local(clip), model=model)), quiet)
+    model = dataclasses.replace(local(clip).model, feature_dim=7)
+    with pytest.raises(WorkError, match="names context and feature sizes"):
+        bench(clip, root).perform(order(dataclasses.replace(local(clip), model=model)), quiet)
+
+
+def test_a_method_that_is_not_installed_is_refused(clip: FrozenClip, root: Path) -> None:
+    wrong = dataclasses.replace(order(local(clip)), local=local(clip, "promptfool"))
+    with pytest.raises(SpecError, match="did you mean 'promptfl'"):
+        bench(clip, root).perform(wrong, quiet)
+
+
+@pytest.mark.parametrize(
+    "shared", [{}, {"context": np.zeros((3, 1), np.float32)}, {"context": np.full((2, 96), np.nan, np.float32)}]
+)
+def test_tensors_that_are_not_the_declared_ones_are_refused(
+    clip: FrozenClip, root: Path, shared: dict[str, np.ndarray]
+) -> None:
+    with pytest.raises(TensorError):
+        bench(clip, root).perform(dataclasses.replace(order(local(clip)), shared=shared), quiet)
+
+
+def test_unknown_labels_are_listed_in_the_log_and_counted_for_the_coordinator(
+    clip: FrozenClip, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / "Jane Doe").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "Jane Doe" / "0.png")
+    with pytest.raises(WorkError, match="1 of this silo's 3 labels") as caught:
+        bench(clip, root).perform(order(local(clip)), quiet)
+    assert caught.value.reason is FailureReason.DATA_UNAVAILABLE
+    assert "Jane" not in str(caught.value)
+    assert "label 'Jane Doe' is no class of the experiment" in caplog.text
+
+
+def test_without_test_examples_there_is_nothing_to_evaluate(clip: FrozenClip, root: Path) -> None:
+    with pytest.raises(WorkError, match="this silo has no test examples") as caught:
+        bench(clip, root, test_share=0).perform(order(local(clip), TaskKind.EVALUATE), quiet)
+    assert caught.value.reason is FailureReason.DATA_UNAVAILABLE
+
+
+# --- unreadable files ----------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-900])
+
+
+def test_truncated_files_are_skipped_up_to_the_share(
+    clip: FrozenClip, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(3):
+        truncate(root / "Blue_Square" / f"{number}.png")
+    strict = bench(clip, root, 0.1, test_share=0)
+    with pytest.raises(
+        WorkError, match=r"3 of 20 train images are unreadable; this silo skips up to 10\.00%"
+    ) as caught:
+        strict.perform(order(local(clip)), quiet)
+    assert caught.value.reason is FailureReason.DATA_UNAVAILABLE
+    assert "0.png" not in str(caught.value)
+    assert "unreadable image 'Blue_Square/0.png': damaged" in caplog.text
+    lenient = bench(clip, root, 0.15, test_share=0)
+    assert lenient.perform(order(local(clip)), quiet).example_count == 17
+    report = lenient.report()
+    assert report.unreadable_count == 3
+    assert report.class_counts == {"train": {"Blue_Square": 7, "RED triangle": 10}}
+
+
+def test_the_survey_finds_wrong_types_before_any_work(clip: FrozenClip, root: Path) -> None:
+    (root / "Blue_Square" / "0.png").write_text("hello")
+    load = Load(MODEL, DataSource("image_folder", root), 1)
+    with pytest.raises(ConfigurationError, match=r"1 of \d+ \w+ images are unreadable.*the log names them: repair"):
+        open_workbench(load)
+    lenient = open_workbench(dataclasses.replace(load, data=dataclasses.replace(load.data, max_unreadable_share=0.5)))
+    assert lenient.report().unreadable_count == 1
+
+
+def test_features_are_computed_once_for_each_split(clip: FrozenClip, root: Path, twofold: LocalSpec) -> None:
+    calls: list[tuple[int, bool]] = []
+
+    class Counting:
+        preprocess = staticmethod(clip.preprocess)
+
+        def encode_images(self, images: torch.Tensor, patches: bool) -> ImageFeatures:
+            calls.append((len(images), patches))
+            return clip.encode_images(images, patches)
+
+    cache = FeatureCache(Counting(), index(DataSource("image_folder", root)), 0)  # type: ignore[arg-type]
+    seen: list[tuple[int, int]] = []
+    for _ in range(2):
+        cache.encode(Split.TRAIN, False, lambda done, total: seen.append((done, total)))
+        found = cache.encode(Split.TRAIN, True, lambda done, total: None)
+    assert calls == [(16, False), (16, True)]
+    assert seen == [(16, 16)]
+    assert found.images.patches is not None
+    assert found.images.patches.shape[0] == len(found.labels) == 16
+    torch.testing.assert_close(found.images.pooled.norm(dim=1), torch.ones(16))
+
+
+# --- in a child ----------------------------------------------------------------------------------------------------
+
+
+async def test_two_processes_train_to_the_same_bits(clip: FrozenClip, root: Path) -> None:
+    spec = local(clip)
+    wrong = dataclasses.replace(spec, model=dataclasses.replace(spec.model, context_dim=1))
+    shared = {"context": np.zeros((2, 1), np.float32)}
+    found = []
+    for _ in range(2):
+        log = CapturingLogger()
+        worker = ProcessWorker(MODEL, DataSource("image_folder", root), 1, log)
+        try:
+            report = await worker.describe()
+            assert report.weights_sha256 == clip.weights_sha256
+            outcome = await worker.run(order(spec), quiet)
+            found.append(outcome.shared["context"].tobytes())
+            with pytest.raises(WorkError, match="names context and feature sizes"):
+                await worker.run(dataclasses.replace(order(wrong), shared=shared), quiet)
+        finally:
+            await worker.stop()
+        assert all(call.method_name == "info" for call in log.calls), log.calls
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (ModelSource("fedrt-tiny", "/no/such/file.safetensors"), "/no/such/file.safetensors"),
+        (dataclasses.replace(MODEL, device="cuda:99"), "cuda"),
+    ],
+)
+async def test_what_cannot_be_loaded_is_the_operator_s_to_mend(root: Path, model: ModelSource, words: str) -> None:
+    worker = ProcessWorker(model, DataSource("image_folder", root), 1, CapturingLogger())
+    with pytest.raises(ConfigurationError, match=words):
+        await worker.describe()
+    assert worker.process_id is None

@@ -1,0 +1,118 @@
+"""Hypothesis strategies for tensors, payloads, tasks and every frame of a session."""
+
+import json
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fedrt.errors import FailureReason
+from fedrt.payload import CHUNK_BYTES, Chunk, ElementType, Manifest, TensorHeader
+from fedrt.session.frames import (
+    Drain,
+    Heartbeat,
+    HeldState,
+    HeldTask,
+    Hello,
+    PayloadChunk,
+    ResultAck,
+    TaskCancel,
+    TaskOffer,
+    TaskProgress,
+    TaskReply,
+    TaskResult,
+    Welcome,
+)
+from fedrt.spec import LocalSpec, ModelSpec, OptimizerName, OptimizerSpec, Precision, Schedule, TrainingSpec
+from fedrt.task import Failure, RefusalReason, Result, Success, Task, TaskKind, Verdict
+
+UINT32 = st.integers(0, 2**32 - 1)
+UINT64 = st.integers(0, 2**64 - 1)
+COUNT32 = st.integers(1, 2**32 - 1)
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+ids = st.text(st.sampled_from("abcé-/0189 "), min_size=1, max_size=12)
+tensor_names = st.text(st.sampled_from("abc_0"), min_size=1, max_size=6)
+digests = st.binary(min_size=32, max_size=32)
+# Multiples of 1/512 s are whole nanoseconds and exact in binary, so that equality can be asked for.
+durations = st.integers(0, 2**31).map(lambda ticks: ticks / 512)
+times = st.integers(0, 2**42).map(lambda ticks: ticks / 512)
+
+arrays = st.sampled_from([np.float32, np.float16, np.int64, ">f4", ">i8"]).flatmap(
+    lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=1, max_side=7))
+)
+tensors = st.dictionaries(tensor_names, arrays, min_size=1, max_size=5)
+
+headers = st.builds(
+    TensorHeader,
+    tensor_names,
+    st.sampled_from(ElementType),
+    st.lists(st.integers(1, 200), max_size=8).map(tuple),
+).filter(lambda header: header.byte_count < 2**60)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    described = tuple(draw(st.lists(headers, min_size=1, max_size=4, unique_by=lambda header: header.name)))
+    return Manifest(draw(ids), described, sum(header.byte_count for header in described), draw(digests))
+
+
+models = st.builds(ModelSpec, texts, digests.map(bytes.hex), COUNT32, COUNT32)
+optimizers = st.builds(
+    OptimizerSpec,
+    st.sampled_from(OptimizerName),
+    st.floats(1e-9, 1e3),
+    st.floats(0, 1, exclude_max=True),
+    st.floats(0, 10),
+)
+trainings = st.builds(
+    TrainingSpec, COUNT32, COUNT32, optimizers, st.sampled_from(Schedule), st.sampled_from(Precision)
+)
+class_names = st.lists(texts.filter(str.strip), min_size=1, max_size=5, unique=True).map(tuple)
+hyperparameters = st.dictionaries(texts, st.none() | st.booleans() | st.integers() | texts, max_size=3).map(json.dumps)
+local_specs = st.builds(LocalSpec, texts, hyperparameters, models, class_names, trainings, UINT32)
+tasks = st.builds(
+    Task, ids, ids, UINT32, st.sampled_from(TaskKind), local_specs, digests | st.just(b""), durations, UINT64
+)
+metrics = st.dictionaries(texts, st.floats(allow_nan=False), max_size=4)
+successes = st.builds(Success, UINT64, metrics, durations)
+failures = st.builds(Failure, st.sampled_from(FailureReason), texts)
+results = st.builds(Result, ids, successes, st.none() | manifests()) | st.builds(Result, ids, failures, st.none())
+chunks = st.builds(Chunk, ids, UINT64, st.binary(min_size=1, max_size=64) | st.just(b"x" * CHUNK_BYTES))
+
+heartbeats = st.builds(Heartbeat, times)
+payload_chunks = st.builds(PayloadChunk, chunks)
+drains = st.builds(Drain, texts, durations, st.booleans())
+hellos = st.builds(
+    Hello,
+    texts,
+    st.lists(texts, max_size=3).map(tuple),
+    st.lists(st.builds(HeldTask, ids, st.sampled_from(HeldState)), max_size=3).map(tuple),
+    texts,
+    UINT64,
+    st.lists(texts, max_size=3).map(tuple),
+)
+welcomes = st.builds(
+    lambda session, heartbeat, more, obsolete, version, capabilities: Welcome(
+        session, heartbeat, heartbeat + more, obsolete, version, capabilities
+    ),
+    ids,
+    durations.filter(bool),
+    durations.filter(bool),
+    st.lists(ids, max_size=3).map(tuple),
+    texts,
+    st.lists(texts, max_size=3).map(tuple),
+)
+offers = st.builds(
+    lambda task, manifest: TaskOffer(task, None if task.kind is TaskKind.INITIALIZE else manifest),
+    tasks,
+    st.none() | manifests(),
+)
+replies = st.builds(TaskReply, ids) | st.builds(TaskReply, ids, st.sampled_from(RefusalReason), texts)
+progress = st.builds(TaskProgress, ids, UINT64, UINT64)
+task_results = st.builds(TaskResult, results)
+cancels = st.builds(TaskCancel, ids, texts)
+acks = st.builds(ResultAck, ids, st.sampled_from(Verdict), texts)
+
+silo_frames = st.one_of(hellos, heartbeats, replies, progress, task_results, payload_chunks, drains)
+coordinator_frames = st.one_of(welcomes, heartbeats, offers, cancels, payload_chunks, acks, drains)

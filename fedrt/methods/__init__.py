@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from importlib.metadata import entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 
 from fedrt.errors import SpecError
 from fedrt.method import Method, parse_hyperparameters
@@ -12,16 +13,22 @@ from fedrt.methods.zeroshot import ZeroShot
 BUILT_IN: dict[str, type[Method]] = {method.name: method for method in (PromptFL, ZeroShot)}
 
 
+@lru_cache(maxsize=1)
+def _installed() -> tuple[EntryPoint, ...]:
+    """Read once: what is installed while a daemon runs counts from its next start."""
+    return tuple(entry_points(group="fedrt.methods"))
+
+
 def method_names() -> list[str]:
     """The names of all installed methods."""
-    return sorted({*BUILT_IN, *(point.name for point in entry_points(group="fedrt.methods"))})
+    return sorted({*BUILT_IN, *(point.name for point in _installed())})
 
 
 def find_method(name: str) -> type[Method]:
     """The declaration of a method. Raises `SpecError` if it is not installed."""
     if name in BUILT_IN:
         return BUILT_IN[name]
-    for point in entry_points(group="fedrt.methods"):
+    for point in _installed():
         if point.name == name:
             loaded: type[Method] = point.load()
             return loaded
@@ -30,6 +37,7 @@ def find_method(name: str) -> type[Method]:
     raise SpecError(f"method {name!r} is not installed; {hint}")
 
 
+@lru_cache(maxsize=256)
 def make_method(name: str, hyperparameters_json: str) -> Method:
-    """Build a method as an experiment names it. Raises `SpecError`."""
+    """The method as an experiment names it; equal names give the same frozen value. Raises `SpecError`."""
     return parse_hyperparameters(find_method(name), json.loads(hyperparameters_json))

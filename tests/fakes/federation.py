@@ -1,4 +1,4 @@
-"""A whole federation on loopback: real certificates, a real coordinator, real silos with fake workers, one event loop."""
+"""A whole federation on loopback, in one event loop: real certificates, coordinator and silos, with fake workers."""
 
 import asyncio
 import contextlib
@@ -14,10 +14,10 @@ from certs.throwaway import Plan, prepare
 from coordinator import app as coordinator_app
 from coordinator.config import CoordinatorConfig, load_coordinator_config
 from fedrt.daemon import Lifecycle
+from fedrt.log import configure_logging
 from fedrt.spec import EvaluationSpec, ExperimentSpec, LocalSpec, ModelSpec, RoundsSpec, TrainingSpec
 from fedrt.v1 import admin_service_pb2 as pb
-from fedrt.v1 import admin_service_pb2_grpc
-from fedrt.v1 import experiment_pb2
+from fedrt.v1 import admin_service_pb2_grpc, experiment_pb2
 from fedrt.wire_values import experiment_spec_to_pb
 from silo import app as silo_app
 from silo.config import SiloConfig, load_silo_config
@@ -84,6 +84,7 @@ class Federation:
     running: dict[str, Daemon] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        configure_logging("error", "console")
         self.directory.mkdir(mode=0o700, exist_ok=True)
         prepare(self.directory / "certs", Plan("test", self.silos, ("alice",)), datetime.now(UTC))
 

@@ -104,7 +104,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         limit, offset = await _page(request.page_size, request.page_token, context)
         known = sorted(self._orchestrator.presence.silos.values(), key=lambda silo: silo.silo_id)
         more = str(offset + limit) if len(known) > offset + limit else ""
-        page = [silo_to_pb(s, self._orchestrator.open_tasks(s.silo_id)) for s in known[offset : offset + limit]]
+        page = [silo_to_pb(s, self._orchestrator.active.open_tasks(s.silo_id)) for s in known[offset : offset + limit]]
         return pb.ListSilosResponse(silos=page, next_page_token=more)
 
     async def WatchEvents(self, request: pb.WatchEventsRequest, context: Any) -> AsyncIterator[pb.WatchEventsResponse]:
@@ -121,9 +121,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             after = events[-1].number
 
     async def _find(self, experiment_id: str, context: Any) -> Experiment:
-        experiment = self._orchestrator.experiment(experiment_id)
-        if experiment is None:
-            experiment = await self._orchestrator.in_store(self._store.experiment, experiment_id)
+        experiment = await self._orchestrator.find(experiment_id)
         if experiment is None:
             message = f"experiment {experiment_id!r} does not exist; `fedrtctl list` shows those that do"
             await context.abort(grpc.StatusCode.NOT_FOUND, message)

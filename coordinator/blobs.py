@@ -26,6 +26,7 @@ class Blobs:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._intact: set[str] = set()  # large blobs that this process has written or checked
         ensure_private_directory(directory)
 
     def put_large(self, blobs: dict[str, memoryview]) -> None:
@@ -35,6 +36,7 @@ class Blobs:
             if len(data) > INLINE_BYTES and not path.exists():
                 ensure_private_directory(path.parent)
                 write_atomic(path, data)
+                self._intact.add(digest)
 
     def put(self, connection: sa.Connection, blobs: dict[str, memoryview]) -> None:
         """Record the blobs, with their bytes where they are small."""
@@ -50,8 +52,11 @@ class Blobs:
         if row is None:
             raise StorageError(f"blob {digest} is missing from the store; restore the state directory from a backup")
         data = memoryview(row.data) if row.data is not None else self._map(digest)
-        if len(data) != row.byte_count or hashlib.sha256(data).hexdigest() != digest:
+        damaged = digest not in self._intact and hashlib.sha256(data).hexdigest() != digest
+        if damaged or len(data) != row.byte_count:
             raise StorageError(f"blob {digest} is damaged; restore the state directory from a backup")
+        if row.data is None:
+            self._intact.add(digest)
         return data
 
     def _map(self, digest: str) -> memoryview:

@@ -34,9 +34,12 @@ class Inputs:
     updates: tuple[Update, ...]
 
 
-def gather(store: Store, tasks: list[TaskRecord], checkpoint: Checkpoint | None) -> Inputs:
-    """Fetch the results of a round and the state before it. Raises `StorageError` if a blob is missing or damaged."""
-    shared = _tensors(store, checkpoint.shared) if checkpoint else {}
+def gather(store: Store, tasks: list[TaskRecord], checkpoint: Checkpoint | None, current: memoryview | None) -> Inputs:
+    """Fetch the results of a round; `current` are the packed tensors of the checkpoint before it.
+
+    Raises `StorageError` if a blob is missing or damaged.
+    """
+    shared = unpack(checkpoint.shared.headers, current) if checkpoint and current is not None else {}
     memory = _tensors(store, checkpoint.memory) if checkpoint and checkpoint.memory else {}
     updates = [Update(task.silo_id, _tensors(store, task.tensors), task.example_count) for task in tasks]
     return Inputs(ServerState(shared, memory), tuple(sorted(updates, key=lambda update: update.silo_id)))

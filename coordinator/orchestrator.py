@@ -2,21 +2,21 @@
 
 * Messages are applied to the pure machines in the order in which they came; what they decide is collected.
 * One transaction makes it durable. If the disk refuses, everything is as before the batch, which is tried again.
-* Only then are the effects performed. After a crash, `recover` performs those of the stored state again.
+* Only then are the actions performed. After a crash, `recover` performs those of the stored state again.
 """
 
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import structlog
 
 from coordinator import experiments, rounds
-from coordinator.combining import combine, gather
-from coordinator.experiments import CloseRound, Experiment, ExperimentEvent, SilosChanged
+from coordinator.actions import Action, Actions, StoreThread
+from coordinator.active import Active, ActiveExperiments, changed, closed
+from coordinator.experiments import CloseRound, Experiment, ExperimentEvent, ExperimentState, SilosChanged
 from coordinator.inbox import (
     AggregationFailed,
     CancelOrdered,
@@ -33,46 +33,16 @@ from coordinator.inbox import (
     TimePassed,
 )
 from coordinator.presence import Presence, Session
-from coordinator.records import (
-    Changes,
-    Checkpoint,
-    Contribution,
-    ExperimentChanged,
-    RoundClosed,
-    SiloChanged,
-    SiloRecord,
-    TaskRecord,
-    mean_metrics,
-)
+from coordinator.records import Changes, Checkpoint, SiloChanged, SiloRecord, TaskRecord
 from coordinator.store import Store
-from fedrt.errors import FedrtError, SpecError, StorageError
+from fedrt.errors import SpecError, StorageError
 from fedrt.metrics import CoordinatorMetrics
-from fedrt.payload import Manifest
-from fedrt.session.frames import HeldState, HeldTask, Hello
-from fedrt.task import Failure, Success, Task, TaskKind, Verdict
-from fedrt.tensors import TensorSpec, schema_sha256
+from fedrt.session.frames import Hello
+from fedrt.task import Failure, Success, Verdict
+from fedrt.tensors import schema_sha256
 
 RETRY_COMMIT_DELAY = 1.0  # seconds between attempts while the disk refuses
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """What the coordinator asked a silo for: enough to judge an announcement before its bytes arrive."""
-
-    kind: TaskKind
-    specs: tuple[TensorSpec, ...]
-
-
-@dataclass
-class _Active:
-    """An experiment that has not ended, with what is needed to act on it."""
-
-    experiment: Experiment
-    specs: tuple[TensorSpec, ...]
-    checkpoint: Checkpoint | None
-    tensors: memoryview | None  # the packed shared tensors of the checkpoint
-    tasks: dict[str, TaskRecord]  # of the current round
 
 
 class Orchestrator:
@@ -80,76 +50,40 @@ class Orchestrator:
 
     def __init__(self, store: Store, metrics: CoordinatorMetrics, clock: Callable[[], float] = time.time) -> None:
         self._store = store
-        self._store_thread = ThreadPoolExecutor(1, "store")
+        self._thread = StoreThread()
         self._metrics = metrics
         self._clock = clock
         self._log = structlog.get_logger("coordinator")
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
-        self._active: dict[str, _Active] = {}
-        self._by_task: dict[str, str] = {}
-        self._aggregations: dict[str, asyncio.Task[None]] = {}
+        self._actions = Actions(store, self._thread, metrics, self.submit, clock)
         self._changes = Changes()
-        self._effects: list[Callable[[], None]] = []
+        self._due: list[Action] = []
+        self.active = ActiveExperiments()
         self.presence = Presence()
         self.bell = asyncio.Event()  # rung, and replaced, when events have been stored
-
-    # ---- what services ask and tell
 
     def submit(self, message: Message) -> None:
         """Queue a message."""
         self._inbox.put_nowait(message)
 
-    def expectation(self, silo_id: str, task_id: str) -> Expectation | None:
-        """What is expected of a task of the current round of an active experiment; None for any other."""
-        active = self._active.get(self._by_task.get(task_id, ""))
-        if active is None or active.tasks[task_id].silo_id != silo_id or active.tasks[task_id].verdict is not None:
-            return None
-        return Expectation(active.tasks[task_id].kind, active.specs)
-
-    def obsolete(self, silo_id: str, held: tuple[HeldTask, ...]) -> tuple[str, ...]:
-        """Running tasks the silo may drop. A finished one is never obsolete: its result gets a verdict."""
-        running = [task.task_id for task in held if task.state is HeldState.RUNNING]
-        return tuple(task_id for task_id in running if self.expectation(silo_id, task_id) is None)
-
-    def experiment(self, experiment_id: str) -> Experiment | None:
-        """An experiment that has not ended."""
-        active = self._active.get(experiment_id)
-        return active.experiment if active else None
-
-    def open_tasks(self, silo_id: str) -> list[str]:
-        """The tasks of a silo that await a result."""
-        return sorted(
-            task.task_id
-            for active in self._active.values()
-            for task in active.tasks.values()
-            if task.silo_id == silo_id and task.verdict is None
-        )
-
     async def in_store(self, function: Callable[..., _T], *arguments: object) -> _T:
         """Call a function of the store on the store's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._store_thread, function, *arguments)
-
-    # ---- the loop
+        return await self._thread.call(function, *arguments)
 
     async def recover(self) -> None:
-        """Load what has not ended and perform its effects again."""
+        """Load what has not ended and perform its actions again."""
         for record in await self.in_store(self._store.silos):
             self.presence.silos[record.silo_id] = replace(record, connected=False, draining=False)
         for experiment in await self.in_store(self._store.active_experiments):
             try:
-                specs = experiment.spec.local.tensors()
+                active = Active(experiment, experiment.spec.local.tensors())
             except SpecError as error:
                 self._log.error("experiment cannot be resumed", experiment=experiment.experiment_id, reason=str(error))
                 continue
-            active = _Active(experiment, specs, None, None, {})
-            await self._load_checkpoint(active)
+            await self._load(active)
+            self.active.adopt(active)
             if experiment.round is not None:
-                known = await self.in_store(self._store.round_tasks, experiment.experiment_id, experiment.round.number)
-                asked = {ask.task_id for ask in experiment.round.asks}
-                active.tasks = {task.task_id: task for task in known if task.task_id in asked}
-                for effect in rounds.resume(experiment.round):
-                    self._perform_later(active, effect)
-            self._adopt(active)
+                self._collect(active, rounds.resume(experiment.round))
             self._log.info("experiment resumed", experiment=experiment.experiment_id, state=experiment.state.value)
         self._perform()
 
@@ -164,13 +98,22 @@ class Orchestrator:
 
     async def close(self) -> None:
         """Stop aggregations and release the store's thread."""
-        for task in self._aggregations.values():
-            task.cancel()
-        await asyncio.gather(*self._aggregations.values(), return_exceptions=True)
-        self._store_thread.shutdown()
+        await self._actions.close()
+        self._thread.close()
+
+    async def _load(self, active: Active) -> None:
+        experiment = active.experiment
+        checkpoint = await self.in_store(self._store.checkpoint, experiment.experiment_id)
+        if checkpoint is not None:
+            active.checkpoint = checkpoint
+            active.tensors = await self.in_store(self._store.blob, checkpoint.shared)
+        if experiment.round is not None:
+            known = await self.in_store(self._store.round_tasks, experiment.experiment_id, experiment.round.number)
+            active.tasks = {task.task_id: task for task in known if experiment.round.ask(task.task_id)}
 
     async def _next_message(self) -> Message:
-        ticks = [rounds.next_tick(a.experiment.round) for a in self._active.values() if a.experiment.round is not None]
+        running = [active.experiment.round for active in self.active.by_name.values()]
+        ticks = [rounds.next_tick(round_) for round_ in running if round_ is not None]
         due = min((tick for tick in ticks if tick is not None), default=None)
         timeout = None if due is None else max(0.0, due - self._clock())
         try:
@@ -181,9 +124,8 @@ class Orchestrator:
 
     async def _process(self, batch: list[Message]) -> None:
         while True:
-            before = {key: replace(active, tasks=dict(active.tasks)) for key, active in self._active.items()}
-            presence = self.presence.copy()
-            self._changes, self._effects = Changes(), []
+            before = (self.active.copy(), self.presence.copy())
+            self._changes, self._due = Changes(), []
             for message in batch:
                 await self._apply(message)
             try:
@@ -193,10 +135,10 @@ class Orchestrator:
                 break
             except StorageError as error:
                 self._log.error("nothing is acknowledged until the disk accepts writes", reason=str(error))
-                self._active, self.presence = before, presence
-                self._by_task = {task_id: key for key, active in before.items() for task_id in active.tasks}
+                self.active, self.presence = before
                 await asyncio.sleep(RETRY_COMMIT_DELAY)
-        self._forget_ended()
+        for experiment_id in self.active.drop_ended():
+            self._actions.abandon(experiment_id)
         self._perform()
         changes, self._changes = self._changes, Changes()  # what is durable need not stay in memory
         if changes.events:
@@ -204,9 +146,9 @@ class Orchestrator:
             self.bell = asyncio.Event()
 
     def _perform(self) -> None:
-        effects, self._effects = self._effects, []
-        for effect in effects:
-            effect()
+        due, self._due = self._due, []
+        for action in due:
+            action()
 
     # ---- messages
 
@@ -225,29 +167,29 @@ class Orchestrator:
                 await self._result_invalid(silo_id, task_id, text)
             case OfferRefused(silo_id, task_id, reason, text):
                 self._metrics.tasks_refused.labels(reason.value).inc()
-                if self.expectation(silo_id, task_id) is not None:
-                    self._advance(self._by_task[task_id], rounds.Refused(task_id, reason, text))
+                active = self.active.waiting_for(silo_id, task_id)
+                if active is not None:
+                    self._advance(active, rounds.Refused(task_id, reason, text))
             case RoundAggregated():
                 self._round_aggregated(message)
             case AggregationFailed(experiment_id, text):
                 self._log.error("aggregation failed", experiment=experiment_id, reason=text)
-                self._advance(experiment_id, rounds.Withdrawn(f"aggregation failed: {text}"))
+                if experiment_id in self.active.by_name:
+                    self._advance(self.active.by_name[experiment_id], rounds.Withdrawn(f"aggregation failed: {text}"))
             case CreateOrdered():
                 await self._create(message, now)
             case CancelOrdered(experiment_id, done):
                 await self._cancel(experiment_id, done)
             case TimePassed():
-                for experiment_id in list(self._active):
-                    self._advance(experiment_id, rounds.Tick())
+                self._advance_all(rounds.Tick())
 
     def _session_opened(self, session: Session, hello: Hello, now: float) -> None:
         record, older = self.presence.connect(session, hello, now)
         if older is not None:
-            self._effects.append(older.replace)
+            self._due.append(older.replace)
         held = frozenset(task.task_id for task in hello.held_tasks)
-        for active in self._active.values():
-            for effect in experiments.offers_on_connect(active.experiment, session.silo_id, held):
-                self._perform_later(active, effect)
+        for active in self.active.by_name.values():
+            self._collect(active, experiments.offers_on_connect(active.experiment, session.silo_id, held))
         self._silo_changed(record)
 
     def _silo_changed(self, record: SiloRecord | None) -> None:
@@ -256,15 +198,14 @@ class Orchestrator:
         self._changes.silos[record.silo_id] = record
         self._changes.events.append(SiloChanged(record))
         self._log.info("silo", silo=record.silo_id, connected=record.connected, draining=record.draining)
-        for experiment_id in list(self._active):
-            self._advance(experiment_id, SilosChanged())
+        self._advance_all(SilosChanged())
 
     async def _result_arrived(self, message: ResultArrived) -> None:
         task_id = message.result.task_id
-        if self.expectation(message.silo_id, task_id) is None:
+        active = self.active.waiting_for(message.silo_id, task_id)
+        if active is None:
             await self._settle_other(message.silo_id, task_id)
             return
-        active = self._active[self._by_task[task_id]]
         task = active.tasks[task_id]
         match message.result.outcome:
             case Success(example_count, metrics, work_duration):
@@ -285,19 +226,19 @@ class Orchestrator:
                 task = replace(task, verdict=Verdict.ACCEPTED, message=failed)
                 self._log.warning("task failed", task=task_id, reason=reason.value, message=text)
         self._keep(active, task)
-        self._advance(task.experiment_id, event)
+        self._advance(active, event)
 
     async def _result_invalid(self, silo_id: str, task_id: str, text: str) -> None:
         self._log.warning("invalid result", silo=silo_id, task=task_id, reason=text)
-        if self.expectation(silo_id, task_id) is None:
+        active = self.active.waiting_for(silo_id, task_id)
+        if active is None:
             await self._settle_other(silo_id, task_id)
             return
-        active = self._active[self._by_task[task_id]]
         self._keep(active, replace(active.tasks[task_id], verdict=Verdict.INVALID, message=text))
-        self._advance(self._by_task[task_id], rounds.ResultFailed(task_id, text, Verdict.INVALID))
+        self._advance(active, rounds.ResultFailed(task_id, text, Verdict.INVALID))
 
     async def _settle_other(self, silo_id: str, task_id: str) -> None:
-        """Settle a result that no open ask waits for: from what was decided about its task before."""
+        """Settle a result that no round waits for: from what was decided about its task before."""
         task = self._changes.tasks.get(task_id) or await self.in_store(self._store.task, task_id)
         if task is None or task.silo_id != silo_id:
             settle = rounds.Settle(silo_id, task_id, Verdict.UNKNOWN_TASK, "no such task was offered to this silo")
@@ -307,55 +248,51 @@ class Orchestrator:
             settle = rounds.Settle(silo_id, task_id, Verdict.INVALID, task.message)
         else:
             settle = rounds.Settle(silo_id, task_id, Verdict.LATE, task.message or "the round is closed")
-        self._effects.append(lambda: self._settle(settle))
+        self._due.append(lambda: self._actions.settle(settle, self.presence))
 
     def _round_aggregated(self, message: RoundAggregated) -> None:
-        active = self._active.get(message.experiment_id)
+        active = self.active.by_name.get(message.experiment_id)
         round_ = active.experiment.round if active else None
         if active is None or round_ is None:
             return
-        if (round_.number, round_.kind, round_.attempt) != (message.round_number, message.kind, message.attempt):
-            return
-        self._set_checkpoint(active, message.round_number, message.shared, message.memory)
-        self._advance(message.experiment_id, rounds.Aggregated())
+        if (round_.number, round_.kind, round_.attempt) == (message.round_number, message.kind, message.attempt):
+            self._set_checkpoint(active, message.round_number, message.shared, message.memory)
+            self._advance(active, rounds.Aggregated())
 
     async def _create(self, message: CreateOrdered, now: float) -> None:
-        existing = self.experiment(message.experiment_id)
-        if existing is None:
-            existing = await self.in_store(self._store.experiment, message.experiment_id)
+        name, done = message.experiment_id, message.done
+        existing = await self.find(name)
         if existing is not None:
-            self._answer(message.done, existing)
+            self._due.append(lambda: _resolve(done, existing, name))
             return
-        spec = message.spec
-        specs = spec.local.tensors()
-        experiment = experiments.create(message.experiment_id, spec, schema_sha256(specs).hex(), now)
-        active = _Active(experiment, specs, None, None, {})
-        self._adopt(active)
+        specs = message.spec.local.tensors()
+        active = Active(experiments.create(name, message.spec, schema_sha256(specs).hex(), now), specs)
+        self.active.adopt(active)
         if message.initial is not None:
             self._set_checkpoint(active, 0, message.initial, None)
-        self._note(active)
-        self._advance(message.experiment_id, SilosChanged())
-        self._answer(message.done, active.experiment)
-        self._log.info("experiment created", experiment=message.experiment_id, method=spec.local.method_name)
+        self._note(active, None)
+        self._advance(active, SilosChanged())
+        self._due.append(lambda: _resolve(done, active.experiment, name))
 
     async def _cancel(self, experiment_id: str, done: asyncio.Future[Experiment]) -> None:
-        active = self._active.get(experiment_id)
+        active = self.active.by_name.get(experiment_id)
         if active is not None:
-            self._advance(experiment_id, experiments.CancelOrdered())
-            self._answer(done, active.experiment)
-            return
-        ended = await self.in_store(self._store.experiment, experiment_id)
-        self._effects.append(lambda: _resolve(done, ended, experiment_id))
+            self._advance(active, experiments.CancelOrdered())
+        found = await self.find(experiment_id)
+        self._due.append(lambda: _resolve(done, found, experiment_id))
 
-    def _answer(self, done: asyncio.Future[Experiment], experiment: Experiment) -> None:
-        self._effects.append(lambda: _resolve(done, experiment, experiment.experiment_id))
+    async def find(self, experiment_id: str) -> Experiment | None:
+        """An experiment, ended or not; None if there is none of that name."""
+        active = self.active.by_name.get(experiment_id)
+        return active.experiment if active else await self.in_store(self._store.experiment, experiment_id)
 
     # ---- the machines
 
-    def _advance(self, experiment_id: str, event: ExperimentEvent) -> None:
-        active = self._active.get(experiment_id)
-        if active is None or active.experiment.state.has_ended:
-            return
+    def _advance_all(self, event: ExperimentEvent) -> None:
+        for active in list(self.active.by_name.values()):
+            self._advance(active, event)
+
+    def _advance(self, active: Active, event: ExperimentEvent) -> None:
         old = active.experiment
         active.experiment, effects = experiments.step(old, event, self.presence.population, self._clock())
         for effect in effects:
@@ -363,102 +300,49 @@ class Orchestrator:
                 self._record_round(active, effect.round)
         if active.experiment != old:
             self._note(active, old)
-        for effect in effects:
-            if not isinstance(effect, CloseRound):
-                self._perform_later(active, effect)
+        self._collect(active, tuple(effect for effect in effects if not isinstance(effect, CloseRound)))
 
-    def _note(self, active: _Active, old: Experiment | None = None) -> None:
-        experiment = active.experiment
-        self._changes.experiments[experiment.experiment_id] = experiment
-        round_ = experiment.round
-        if round_ is not None and (
-            old is None or old.round is None or old.round.asks[0].task_id != round_.asks[0].task_id
-        ):
-            self._begin_tasks(active, round_)
-        seen = (old.state, old.message, old.stage) if old else None
-        if seen != (experiment.state, experiment.message, experiment.stage):
-            stage = experiment.stage
-            change = ExperimentChanged(
-                experiment.experiment_id,
-                experiment.state.value,
-                stage.number,
-                stage.kind,
-                experiment.message,
-                experiment.end_time,
-            )
-            self._changes.events.append(change)
-            if old is None or old.state is not experiment.state:
-                log = self._log.warning if experiment.state is experiments.ExperimentState.FAILED else self._log.info
-                log("experiment", experiment=experiment.experiment_id, state=change.state, message=change.message)
+    def _collect(self, active: Active, effects: rounds.Effects) -> None:
+        self._due.extend(self._actions.action(active, effect, self.presence) for effect in effects)
 
-    def _begin_tasks(self, active: _Active, round_: rounds.Round) -> None:
-        for task_id in active.tasks:
-            self._by_task.pop(task_id, None)
-        experiment_id = active.experiment.experiment_id
-        active.tasks = {}
-        for ask in round_.asks:
-            task = TaskRecord(ask.task_id, experiment_id, ask.silo_id, round_.number, round_.kind, round_.attempt)
-            self._keep(active, task)
-            self._by_task[ask.task_id] = experiment_id
+    def _note(self, active: Active, old: Experiment | None) -> None:
+        new = active.experiment
+        self._changes.experiments[new.experiment_id] = new
+        before = old.round.asks[0].task_id if old and old.round else None
+        if new.round is not None and new.round.asks[0].task_id != before:
+            self._begin_tasks(active, new.round)
+        if old is None or (old.state, old.message, old.stage) != (new.state, new.message, new.stage):
+            self._changes.events.append(changed(new))
+        if old is None or old.state is not new.state:
+            log = self._log.warning if new.state is ExperimentState.FAILED else self._log.info
+            log("experiment", experiment=new.experiment_id, state=new.state.value, message=new.message)
 
-    def _record_round(self, active: _Active, round_: rounds.Round) -> None:
+    def _begin_tasks(self, active: Active, round_: rounds.Round) -> None:
+        name = active.experiment.experiment_id
+        tasks = [
+            TaskRecord(ask.task_id, name, ask.silo_id, round_.number, round_.kind, round_.attempt)
+            for ask in round_.asks
+        ]
+        self.active.begin_tasks(active, tasks)
+        for task in tasks:
+            self._changes.tasks[task.task_id] = task
+
+    def _record_round(self, active: Active, round_: rounds.Round) -> None:
         for ask in round_.asks:
             task = active.tasks[ask.task_id]
             if task.verdict is None:
                 self._keep(active, replace(task, verdict=Verdict.LATE, message=ask.message))
-        counted = [active.tasks[ask.task_id] for ask in round_.asks if ask.state is rounds.AskState.RETURNED]
-        contributions = tuple(
-            Contribution(
-                task.silo_id,
-                task.example_count,
-                task.metrics,
-                task.work_duration,
-                task.tensors.byte_count if task.tensors else 0,
-            )
-            for task in sorted(counted, key=lambda task: task.silo_id)
-        )
-        closed = RoundClosed(
-            experiment_id=active.experiment.experiment_id,
-            round_number=round_.number,
-            kind=round_.kind,
-            attempt=round_.attempt,
-            contributions=contributions,
-            absences=rounds.absentees(round_),
-            metrics=mean_metrics(contributions),
-            succeeded=round_.succeeded,
-            duration=self._clock() - round_.begin_time,
-        )
-        self._changes.events.append(closed)
-        self._metrics.rounds.labels("completed" if closed.succeeded else "failed").inc()
-        self._metrics.round_duration.observe(closed.duration)
+        event = closed(active, round_, self._clock())
+        self._changes.events.append(event)
+        self._metrics.rounds.labels("completed" if event.succeeded else "failed").inc()
+        self._metrics.round_duration.observe(event.duration)
 
-    def _keep(self, active: _Active, task: TaskRecord) -> None:
+    def _keep(self, active: Active, task: TaskRecord) -> None:
         active.tasks[task.task_id] = task
         self._changes.tasks[task.task_id] = task
 
-    def _adopt(self, active: _Active) -> None:
-        self._active[active.experiment.experiment_id] = active
-        for task_id in active.tasks:
-            self._by_task[task_id] = active.experiment.experiment_id
-
-    def _forget_ended(self) -> None:
-        for experiment_id in [key for key, active in self._active.items() if active.experiment.state.has_ended]:
-            for task_id in self._active.pop(experiment_id).tasks:
-                self._by_task.pop(task_id, None)
-            aggregation = self._aggregations.pop(experiment_id, None)
-            if aggregation is not None:
-                aggregation.cancel()
-
-    # ---- tensors
-
-    async def _load_checkpoint(self, active: _Active) -> None:
-        checkpoint = await self.in_store(self._store.checkpoint, active.experiment.experiment_id)
-        if checkpoint is not None:
-            active.checkpoint = checkpoint
-            active.tensors = await self.in_store(self._store.blob, checkpoint.shared)
-
     def _set_checkpoint(
-        self, active: _Active, round_number: int, shared: PackedTensors, memory: PackedTensors | None
+        self, active: Active, round_number: int, shared: PackedTensors, memory: PackedTensors | None
     ) -> None:
         reference = memory.ref if memory else None
         active.checkpoint = Checkpoint(active.experiment.experiment_id, round_number, shared.ref, reference)
@@ -468,80 +352,12 @@ class Orchestrator:
             if part is not None:
                 self._changes.blobs[part.ref.sha256] = part.data
 
-    # ---- effects
-
-    def _perform_later(self, active: _Active, effect: rounds.RoundEffect) -> None:
-        match effect:
-            case rounds.Offer(silo_id, task_id):
-                self._effects.append(lambda: self._offer(active, silo_id, task_id))
-            case rounds.Settle():
-                self._effects.append(lambda: self._settle(effect))
-            case rounds.Cancel(silo_id, task_id, message):
-                self._effects.append(lambda: self._withdraw(silo_id, task_id, message))
-            case rounds.Aggregate(task_ids):
-                round_ = active.experiment.round
-                if round_ is not None:
-                    self._effects.append(lambda: self._aggregate(active, round_, task_ids))
-
-    def _offer(self, active: _Active, silo_id: str, task_id: str) -> None:
-        session, experiment = self.presence.session(silo_id), active.experiment
-        round_ = experiment.round
-        if session is None or self.presence.is_draining(silo_id) or round_ is None or round_.ask(task_id) is None:
-            return
-        task = Task(
-            task_id=task_id,
-            experiment_id=experiment.experiment_id,
-            round_number=round_.number,
-            kind=round_.kind,
-            local=experiment.spec.local,
-            schema_sha256=bytes.fromhex(experiment.schema_sha256),
-            time_limit=max(1.0, round_.deadline - self._clock()),
-            seed=experiments.task_seed(experiment, round_, silo_id),
-        )
-        manifest = None
-        if active.checkpoint is not None and round_.kind is not TaskKind.INITIALIZE:
-            shared = active.checkpoint.shared
-            manifest = Manifest(task_id, shared.headers, shared.byte_count, bytes.fromhex(shared.sha256))
-        self._metrics.tasks_offered.labels(round_.kind.value).inc()
-        session.offer(task, manifest, active.tensors if manifest else None)
-
-    def _settle(self, settle: rounds.Settle) -> None:
-        self._metrics.results.labels(settle.verdict.value).inc()
-        session = self.presence.session(settle.silo_id)
-        if session is not None:
-            session.settle(settle.task_id, settle.verdict, settle.message)
-
-    def _withdraw(self, silo_id: str, task_id: str, message: str) -> None:
-        session = self.presence.session(silo_id)
-        if session is not None:
-            session.cancel(task_id, message)
-
-    def _aggregate(self, active: _Active, round_: rounds.Round, task_ids: tuple[str, ...]) -> None:
-        experiment_id = active.experiment.experiment_id
-        tasks = [active.tasks[task_id] for task_id in task_ids]
-        self._aggregations[experiment_id] = asyncio.create_task(
-            self._combine(active.experiment, round_, tasks, active.checkpoint)
-        )
-
-    async def _combine(
-        self, experiment: Experiment, round_: rounds.Round, tasks: list[TaskRecord], checkpoint: Checkpoint | None
-    ) -> None:
-        experiment_id = experiment.experiment_id
-        try:
-            inputs = await self.in_store(gather, self._store, tasks, checkpoint)
-            shared, memory = await asyncio.to_thread(combine, experiment.spec, round_.kind, inputs)
-        except (FedrtError, ValueError, ArithmeticError) as error:
-            self.submit(AggregationFailed(experiment_id, str(error)))
-            return
-        self.submit(RoundAggregated(experiment_id, round_.number, round_.kind, round_.attempt, shared, memory))
-
 
 def _resolve(done: asyncio.Future[Experiment], experiment: Experiment | None, experiment_id: str) -> None:
     if done.done():
         return
     if experiment is None:
-        done.set_exception(
-            SpecError(f"experiment {experiment_id!r} does not exist; `fedrtctl list` shows those that do")
-        )
+        message = f"experiment {experiment_id!r} does not exist; `fedrtctl list` shows those that do"
+        done.set_exception(SpecError(message))
     else:
         done.set_result(experiment)

@@ -168,7 +168,7 @@ class SiloSession:
                 session_id=self.session_id,
                 heartbeat_interval=intervals.heartbeat,
                 silence_limit=intervals.silence,
-                obsolete_task_ids=self._orchestrator.obsolete(self.silo_id, hello.held_tasks),
+                obsolete_task_ids=self._orchestrator.active.obsolete(self.silo_id, hello.held_tasks),
                 software_version=fedrt.__version__,
             )
         )
@@ -176,7 +176,7 @@ class SiloSession:
         self._submit(SessionOpened(self, hello))
 
     def _on_result(self, result: Result) -> None:
-        expected = self._orchestrator.expectation(self.silo_id, result.task_id)
+        expected = self._orchestrator.active.expectation(self.silo_id, result.task_id)
         if expected is None:
             self._submit(ResultArrived(self.silo_id, result, None))  # its verdict is already known; no bytes are kept
             return

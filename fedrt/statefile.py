@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from fedrt.errors import StorageError
@@ -27,16 +28,23 @@ _ADVICE = {
 
 def write_atomic(path: Path, data: bytes | memoryview, mode: int = 0o600) -> None:
     """Replace the file at `path` by `data`, durably; raises StorageError and then leaves the old content in place."""
+    write_atomic_by(path, lambda temporary: _fill(temporary, data), mode)
+
+
+def write_atomic_by(path: Path, write: Callable[[Path], object], mode: int = 0o600) -> None:
+    """Replace the file at `path` by what `write` puts into the empty file it is given; otherwise as `write_atomic`."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
         try:
-            _write_durably(temporary, data, mode)
+            _create(temporary, mode)
+            write(temporary)
+            _sync(temporary, os.O_RDONLY)
             temporary.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        _sync_directory(path.parent)
+        _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise storage_error("write", path, error) from error
 
@@ -64,20 +72,26 @@ def storage_error(action: str, path: Path, error: OSError) -> StorageError:
     return StorageError(f"cannot {action} '{path}': {advice}")
 
 
-def _write_durably(path: Path, data: bytes | memoryview, mode: int) -> None:
+def _create(path: Path, mode: int) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         os.fchmod(descriptor, mode)  # the umask may have taken bits away
-        remaining = memoryview(data)
-        while remaining:
-            remaining = remaining[os.write(descriptor, remaining) :]
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _fill(path: Path, data: bytes | memoryview) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        remaining = memoryview(data)
+        while remaining:
+            remaining = remaining[os.write(descriptor, remaining) :]
+    finally:
+        os.close(descriptor)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

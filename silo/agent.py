@@ -199,7 +199,7 @@ class Agent:
                 await self._store(self._accepted[task_id].task, failure, {}, {})
             case ledgers.Send(task_id):
                 if self._session is not None:
-                    self._session.send(*self._spooled[task_id].to_send())
+                    self._session.send(*self._spooled[task_id].to_send)
             case ledgers.Promote(task_id):
                 await self._promote(task_id)
             case ledgers.Forget(task_id):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pydantic import TypeAdapter
 
 from fedrt.errors import StorageError
 from fedrt.payload import describe
-from fedrt.statefile import ensure_private_directory, storage_error, write_atomic
+from fedrt.statefile import ensure_private_directory, storage_error, write_atomic_by
 from fedrt.task import Failure, Outcome, Result, Success, TaskKind
 from fedrt.tensors import Tensors
 
@@ -30,6 +31,7 @@ class Spooled:
     shared: Tensors
     private: Tensors
 
+    @cached_property
     def to_send(self) -> tuple[Result, memoryview | None]:
         """The result as it goes on the wire, and the bytes that follow it. Private tensors are not part of it."""
         if not self.shared:
@@ -60,7 +62,13 @@ class Spool:
             **{_SHARED + name: array for name, array in result.shared.items()},
             **{_PRIVATE + name: array for name, array in result.private.items()},
         }
-        write_atomic(self._path(result.task_id), safetensors.numpy.save(tensors, {"result": json.dumps(about)}))
+        metadata = {"result": json.dumps(about)}
+        path = self._path(result.task_id)
+        try:
+            write_atomic_by(path, lambda empty: safetensors.numpy.save_file(tensors, empty, metadata))
+        except safetensors.SafetensorError as error:
+            raise StorageError(f"cannot write '{path}' ({error}); check free space and the disk") from error
+        _ = result.to_send  # digested here, where it may take its time
 
     def load(self) -> list[Spooled]:
         """Every stored result, oldest first. Raises `StorageError` naming a damaged file."""

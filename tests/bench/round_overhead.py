@@ -1,11 +1,11 @@
 """Seconds per round and the coordinator's peak memory, with silos that return a delta without training.
 
-The coordinator is its own process, started through its console script, with its durable store; the silos share one
-other process, each with its own certificate, TLS connection, spool and session. A bare gRPC stream over the same mutual
-TLS, with nothing behind it, is measured in the same run. Prints JSON.
+The coordinator is its own process, started through its console script, with its durable store. The silos share one
+other process, or with --apart are a process each; each has its own certificate, TLS connection, spool and session. A
+bare gRPC stream over the same mutual TLS, with nothing behind it, is measured in the same run. Prints JSON.
 
     python -m tests.bench.round_overhead --silos 2 8 32 --rounds 60
-    python -m tests.bench.round_overhead --silos 2 --rounds 8 --payload-mib 64
+    python -m tests.bench.round_overhead --silos 2 --rounds 8 --payload-mib 64 --apart
 """
 
 import argparse
@@ -43,7 +43,8 @@ def peak_mib(process_id: int) -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) / 1024
 
 
-async def measure(silo_count: int, rounds: int, context_length: int) -> dict[str, object]:
+async def measure(silo_count: int, rounds: int, context_length: int, apart: bool) -> dict[str, object]:
+    processes: list[subprocess.Popen[bytes]] = []
     names = tuple(f"silo-{index:03d}" for index in range(silo_count))
     with tempfile.TemporaryDirectory() as directory:
         federation = Federation(Path(directory) / "f", names)
@@ -52,7 +53,11 @@ async def measure(silo_count: int, rounds: int, context_length: int) -> dict[str
             async with federation.admin():
                 pass
             for name in names:
-                federation.start_silo(name, FakeWorker())
+                if apart:
+                    command = [sys.executable, "-m", "tests.fakes.instant_silo", federation.silo_yaml(name)]
+                    processes.append(subprocess.Popen(command))  # noqa: ASYNC220
+                else:
+                    federation.start_silo(name, FakeWorker())
             spec = make_spec(rounds, names, every=0, hyperparameters=json.dumps({"context_length": context_length}))
             await federation.create("bench", spec)
             times = [event async for event in closing_times(federation)]
@@ -60,10 +65,14 @@ async def measure(silo_count: int, rounds: int, context_length: int) -> dict[str
             memory = peak_mib(coordinator.pid)
         finally:
             await federation.stop()
+            for process in processes:
+                process.terminate()
+                process.wait(20)
             coordinator.terminate()
             coordinator.wait(20)
     return {
         "silos": silo_count,
+        "silo_processes": silo_count if apart else 1,
         "payload_bytes": context_length * 512 * 4,
         "rounds": len(gaps),
         "median_seconds": round(statistics.median(gaps), 4),
@@ -146,6 +155,7 @@ async def main() -> None:
     parser.add_argument("--silos", type=int, nargs="+", default=[2, 8, 32])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--payload-mib", type=int, default=0, help="0: a 16x512 float32 context")
+    parser.add_argument("--apart", action="store_true", help="one process per silo")
     parser.add_argument("--bare-client", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare_client:
@@ -155,7 +165,7 @@ async def main() -> None:
     length = options.payload_mib * 1024 * 1024 // (512 * 4) if options.payload_mib else 16
     results = []
     for count in options.silos:
-        fedrt = await measure(count, options.rounds, length)
+        fedrt = await measure(count, options.rounds, length, options.apart)
         bare = await bare_stream(count, options.rounds, length * 512 * 4)
         ratio = round(float(fedrt["median_seconds"]) / float(bare["median_seconds"]), 2)
         results.append({"fedrt": fedrt, "bare_stream": bare, "ratio": ratio})

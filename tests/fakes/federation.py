@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
+import numpy as np
 
 from certs.throwaway import Plan, prepare
 from coordinator import app as coordinator_app
@@ -81,6 +82,7 @@ class Federation:
     directory: Path
     silos: tuple[str, ...] = ("north", "south", "west")
     port: int = field(default_factory=free_port)
+    dial_port: int | None = None  # where silos dial, if that is not the coordinator itself
     running: dict[str, Daemon] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ class Federation:
         root = self.directory / "data"
         root.mkdir(exist_ok=True)
         path.write_text(
-            f"coordinator: {{session_address: 'localhost:{self.port}'}}\n"
+            f"coordinator: {{session_address: 'localhost:{self.dial_port or self.port}'}}\n"
             f"identity: {{directory: {identity or self.directory / 'certs/silos' / name}}}\n"
             f"state_directory: {self.directory}/silo-{name}\n"
             f"model: {{architecture: fedrt-tiny, weights: embedded}}\ndata: {{root: {root}, layout: image_folder}}\n"
@@ -170,6 +172,20 @@ class Federation:
             request = pb.WatchEventsRequest(experiment_id=name, after_event_number=after)
             async for response in stub.WatchEvents(request):
                 yield response.event
+
+    async def export(self, name: str) -> dict[str, np.ndarray]:
+        """The shared tensors of the last committed round."""
+        data, headers = b"", ()
+        async with self.admin() as stub:
+            async for part in stub.ExportExperiment(pb.ExportExperimentRequest(experiment_id=name)):
+                if part.HasField("header"):
+                    headers = manifest_from_pb(part.header.shared_tensors).tensors
+                data += part.chunk.data
+        return unpack(headers, data)
+
+    async def experiment(self, name: str) -> experiment_pb2.Experiment:
+        async with self.admin() as stub:
+            return (await stub.GetExperiment(pb.GetExperimentRequest(experiment_id=name))).experiment
 
     async def finish(self, name: str, limit: float = 30) -> tuple[experiment_pb2.Experiment, list[pb.RoundClosed]]:
         """Wait until an experiment has ended; returns it and its rounds."""

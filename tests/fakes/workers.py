@@ -29,20 +29,27 @@ def add_one(order: WorkOrder) -> WorkOutcome:
 
 @dataclass
 class FakeWorker:
-    """Calls `behave` for each order, after `gate` is set; records the orders it got."""
+    """Calls `behave` for each order, after `gate` is set; records the orders it got and those stopped half-way."""
 
     behave: Callable[[WorkOrder], WorkOutcome] = add_one
     description: WorkerReport = field(default_factory=report)
     gate: asyncio.Event | None = None
     orders: list[WorkOrder] = field(default_factory=list)
+    abandoned: list[str] = field(default_factory=list)
+    began: asyncio.Event = field(default_factory=asyncio.Event)  # set with each order; a test may clear it
 
     async def describe(self) -> WorkerReport:
         return self.description
 
     async def run(self, order: WorkOrder, on_progress: OnProgress) -> WorkOutcome:
         self.orders.append(order)
-        if self.gate is not None:
-            await self.gate.wait()
+        self.began.set()
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+        except asyncio.CancelledError:
+            self.abandoned.append(order.task_id)
+            raise
         on_progress(1, 1)
         return self.behave(order)
 

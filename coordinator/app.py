@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 import fedrt
+from coordinator import intake
 from coordinator.admin_service import AdminService
 from coordinator.authorization import Authorization
 from coordinator.config import CoordinatorConfig
@@ -48,6 +49,9 @@ async def serve(config: CoordinatorConfig, lifecycle: Lifecycle) -> None:
     metrics = CoordinatorMetrics(registry)
     metrics.certificate_expiry.set(identity.credential.not_after.timestamp())
     store = Store(config.state_directory)
+    intake_directory = config.state_directory / "blobs" / "intake"
+    ensure_private_directory(intake_directory)
+    intake.clear(intake_directory)
     orchestrator = Orchestrator(store, metrics)
     sessions = SessionService(
         orchestrator,
@@ -56,6 +60,7 @@ async def serve(config: CoordinatorConfig, lifecycle: Lifecycle) -> None:
             Intervals(config.heartbeat_interval, config.silence_limit),
             config.limits.max_payload,
             config.limits.max_sessions,
+            intake_directory,
         ),
     )
     try:

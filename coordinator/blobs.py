@@ -2,14 +2,33 @@
 
 import hashlib
 import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import sqlalchemy as sa
 
 from fedrt.errors import StorageError
-from fedrt.statefile import ensure_private_directory, write_atomic
+from fedrt.statefile import ensure_private_directory, move_durably, write_atomic
 
 INLINE_BYTES = 1 << 20  # up to here one commit of the database is cheaper than two synchronised files
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A large blob that was written to a file while it arrived; not yet durable, and moved when it becomes so."""
+
+    path: Path
+    byte_count: int
+
+
+Blob = memoryview | Landed
+
+
+def blob_size(blob: Blob) -> int:
+    """Bytes of a blob."""
+    return blob.byte_count if isinstance(blob, Landed) else len(blob)
+
 
 metadata = sa.MetaData()
 blobs_table = sa.Table(
@@ -29,22 +48,27 @@ class Blobs:
         self._intact: set[str] = set()  # large blobs that this process has written or checked
         ensure_private_directory(directory)
 
-    def put_large(self, blobs: dict[str, memoryview]) -> None:
+    def put_large(self, blobs: Mapping[str, Blob]) -> None:
         """Make the large blobs durable before the transaction that names them. Raises `StorageError`."""
-        for digest, data in blobs.items():
+        for digest, blob in blobs.items():
             path = self._path(digest)
-            if len(data) > INLINE_BYTES and not path.exists():
-                ensure_private_directory(path.parent)
-                write_atomic(path, data)
-                self._intact.add(digest)
+            if blob_size(blob) <= INLINE_BYTES or path.exists():
+                continue
+            ensure_private_directory(path.parent)
+            if isinstance(blob, Landed):
+                move_durably(blob.path, path)
+            else:
+                write_atomic(path, blob)
+            self._intact.add(digest)
 
-    def put(self, connection: sa.Connection, blobs: dict[str, memoryview]) -> None:
+    def put(self, connection: sa.Connection, blobs: Mapping[str, Blob]) -> None:
         """Record the blobs, with their bytes where they are small."""
-        for digest, data in blobs.items():
+        for digest, blob in blobs.items():
             known = connection.execute(sa.select(blobs_table.c.sha256).where(blobs_table.c.sha256 == digest)).first()
             if known is None:
-                inline = bytes(data) if len(data) <= INLINE_BYTES else None
-                connection.execute(blobs_table.insert().values(sha256=digest, byte_count=len(data), data=inline))
+                size = blob_size(blob)
+                inline = bytes(blob) if size <= INLINE_BYTES and not isinstance(blob, Landed) else None
+                connection.execute(blobs_table.insert().values(sha256=digest, byte_count=size, data=inline))
 
     def get(self, connection: sa.Connection, digest: str) -> memoryview:
         """The bytes; a large blob is mapped, not read. Raises `StorageError` if they are missing or damaged."""

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
+from coordinator.blobs import Blob
 from coordinator.experiments import Experiment
 from coordinator.presence import Session
 from coordinator.records import TensorsRef
@@ -12,8 +13,16 @@ from fedrt.task import RefusalReason, Result, TaskKind
 
 
 @dataclass(frozen=True)
+class ArrivedTensors:
+    """Tensors of a result on their way into the store: their reference, and their bytes or where these lie."""
+
+    ref: TensorsRef
+    blob: Blob
+
+
+@dataclass(frozen=True)
 class PackedTensors:
-    """Tensors on their way into the store: their reference and their bytes."""
+    """Tensors the coordinator made, on their way into the store: their reference and their bytes."""
 
     ref: TensorsRef
     data: memoryview
@@ -47,7 +56,7 @@ class ResultArrived:
 
     silo_id: str
     result: Result
-    tensors: PackedTensors | None
+    tensors: ArrivedTensors | None
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ class Orchestrator:
                     tensors=message.tensors.ref if message.tensors else None,
                 )
                 if message.tensors:
-                    self._changes.blobs[message.tensors.ref.sha256] = message.tensors.data
+                    self._changes.blobs[message.tensors.ref.sha256] = message.tensors.blob
             case Failure(reason, text):
                 failed = f"failed ({reason.value}): {text}"
                 event = rounds.ResultFailed(task_id, failed)

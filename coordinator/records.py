@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from coordinator.blobs import Blob
 from coordinator.experiments import Experiment
 from fedrt.payload import TensorHeader
 from fedrt.task import TaskKind, Verdict
@@ -127,7 +128,7 @@ class Changes:
     tasks: dict[str, TaskRecord] = field(default_factory=dict)
     checkpoints: list[Checkpoint] = field(default_factory=list)
     silos: dict[str, SiloRecord] = field(default_factory=dict)
-    blobs: dict[str, memoryview] = field(default_factory=dict)  # by hex digest
+    blobs: dict[str, Blob] = field(default_factory=dict)  # by hex digest
     events: list[Event] = field(default_factory=list)
 
     def __bool__(self) -> bool:

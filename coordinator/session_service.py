@@ -5,6 +5,7 @@ import contextlib
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,18 +13,19 @@ import structlog
 
 import fedrt
 from coordinator.inbox import (
+    ArrivedTensors,
     Message,
     OfferRefused,
-    PackedTensors,
     ResultArrived,
     ResultInvalid,
     SessionClosed,
     SessionOpened,
     SiloDrained,
 )
+from coordinator.intake import Intake
 from coordinator.orchestrator import Orchestrator
 from coordinator.records import TensorsRef
-from coordinator.validation import check_announcement, check_payload
+from coordinator.validation import check_announcement
 from fedrt.errors import PayloadError, RemoteProtocolError, TensorError
 from fedrt.metrics import CoordinatorMetrics
 from fedrt.payload import Manifest
@@ -43,7 +45,6 @@ from fedrt.session.frames import (
 )
 from fedrt.session.liveness import Intervals
 from fedrt.task import Result, Task, Verdict
-from fedrt.tensors import TensorSpec
 from fedrt.tls import peer_identity
 from fedrt.transport import SilenceError, Transport
 from fedrt.v1 import session_service_pb2_grpc
@@ -51,11 +52,12 @@ from fedrt.v1 import session_service_pb2_grpc
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """What silos may use, and how often they must be heard."""
+    """What silos may use, how often they must be heard, and where large payloads land."""
 
     intervals: Intervals
     max_payload_bytes: int
     max_sessions: int
+    intake_directory: Path
 
 
 class SiloSession:
@@ -69,6 +71,7 @@ class SiloSession:
         self._orchestrator = service.orchestrator
         self._transport = Transport(Role.COORDINATOR, rpc, self._on_sent)
         self._offered: dict[str, tuple[str, memoryview]] = {}  # task -> the payload that follows its acceptance
+        self._intakes: dict[str, Intake] = {}
         self._ended: asyncio.Future[tuple[grpc.StatusCode, str]] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> tuple[grpc.StatusCode, str]:
@@ -87,6 +90,8 @@ class SiloSession:
         finally:
             pump.cancel()
             await asyncio.gather(pump, return_exceptions=True)
+            for intake in self._intakes.values():
+                intake.discard()
             if self.opened:
                 self._orchestrator.submit(SessionClosed(self))
         return grpc.StatusCode.OK, ""
@@ -193,22 +198,23 @@ class SiloSession:
         if result.manifest is None:
             self._submit(ResultArrived(self.silo_id, result, None))
         else:
-            self._collect(result, result.manifest, expected.specs)
+            self._collect(result, result.manifest)
 
-    def _collect(self, result: Result, manifest: Manifest, specs: tuple[TensorSpec, ...]) -> None:
+    def _collect(self, result: Result, manifest: Manifest) -> None:
+        intake = Intake(manifest, self._service.limits.intake_directory)
+        self._intakes[result.task_id] = intake
+
         def done(data: memoryview | PayloadError) -> None:
-            try:
-                if isinstance(data, PayloadError):
-                    raise data
-                self._service.metrics.payload_bytes.labels("in").inc(len(data))
-                check_payload(manifest, data, specs)
-            except (PayloadError, TensorError) as error:
-                self._submit(ResultInvalid(self.silo_id, result.task_id, str(error)))
+            del self._intakes[result.task_id]
+            if isinstance(data, PayloadError):
+                intake.discard()
+                self._submit(ResultInvalid(self.silo_id, result.task_id, str(data)))
                 return
-            tensors = PackedTensors(TensorsRef(manifest.tensors, manifest.sha256.hex()), data)
+            self._service.metrics.payload_bytes.labels("in").inc(manifest.byte_count)
+            tensors = ArrivedTensors(TensorsRef(manifest.tensors, manifest.sha256.hex()), intake.finish())
             self._submit(ResultArrived(self.silo_id, result, tensors))
 
-        self._transport.collect(manifest, done)
+        self._transport.collect(manifest, done, intake.write)
 
     def _submit(self, message: Message) -> None:
         self._orchestrator.submit(message)

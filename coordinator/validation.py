@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable
 
 from fedrt.errors import PayloadError, TensorError
-from fedrt.payload import ElementType, Manifest, unpack
+from fedrt.payload import ElementType, Manifest
 from fedrt.task import Result, Success, TaskKind
-from fedrt.tensors import Scope, TensorSpec, check_tensors, of_scope
+from fedrt.tensors import Scope, TensorSpec, of_scope
 
 MAX_METRIC_NAME = 100
 
@@ -42,8 +42,3 @@ def _check_manifest(manifest: Manifest | None, expected: tuple[TensorSpec, ...])
             raise TensorError(f"tensor {name!r} has shape {header.shape}; declared is {declared[name].shape}")
         if header.element_type is not ElementType.FLOAT32:
             raise TensorError(f"tensor {name!r} has type {header.element_type.name}; declared is FLOAT32")
-
-
-def check_payload(manifest: Manifest, data: memoryview, specs: Iterable[TensorSpec]) -> None:
-    """Raise `TensorError` unless the bytes that arrived are the declared tensors with finite values."""
-    check_tensors(of_scope(specs, Scope.SHARED), unpack(manifest.tensors, data))

@@ -3,7 +3,7 @@
 Every rule sorts by silo id and sums in float64, so the order of arrival changes no bit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,11 +56,9 @@ def _weighted_sum(arrays: Sequence[Array], weights: Sequence[float]) -> Array:
     return out
 
 
-def add_delta(shared: Tensors, delta: Mapping[str, Array]) -> dict[str, Array]:
-    """`shared + delta`, in float32."""
-    return {name: (shared[name] + delta[name]).astype(np.float32, copy=False) for name in shared}
-
-
 def federated_average(state: ServerState, updates: Sequence[Update]) -> ServerState:
     """The server rule of FedAvg: add the weighted mean delta. One update alone adds exactly its delta."""
-    return ServerState(add_delta(state.shared, weighted_mean(updates)), state.memory)
+    shared = weighted_mean(updates)
+    for name, mean in shared.items():
+        np.add(state.shared[name], mean, out=mean)  # in place: a payload may be large
+    return ServerState(shared, state.memory)

@@ -6,7 +6,7 @@ The bytes are the C-order little-endian buffers of the tensors, concatenated in 
 import enum
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,11 +141,16 @@ def chunks(payload_id: str, data: bytes | memoryview) -> Iterator[Chunk]:
 
 
 class Assembler:
-    """Collects the chunks of one payload; never holds more than the manifest announced."""
+    """Checks the chunks of one payload as they arrive and passes their bytes on; by default it collects them.
 
-    def __init__(self, manifest: Manifest) -> None:
+    Whatever the sender does, never more bytes are passed on than the manifest announced.
+    """
+
+    def __init__(self, manifest: Manifest, sink: Callable[[bytes | memoryview], None] | None = None) -> None:
         self.manifest = manifest
         self._buffer = bytearray()
+        self._sink = self._buffer.extend if sink is None else sink
+        self._offset = 0
         self._digest = hashlib.sha256()
 
     def add(self, chunk: Chunk) -> bool:
@@ -153,22 +158,23 @@ class Assembler:
 
         Raises `PayloadError` for a gap, an overlap, a byte too many, or a digest that differs at the end.
         """
-        if chunk.offset != len(self._buffer):
-            raise PayloadError(f"a chunk starts at byte {chunk.offset}; expected was {len(self._buffer)}")
+        if chunk.offset != self._offset:
+            raise PayloadError(f"a chunk starts at byte {chunk.offset}; expected was {self._offset}")
         if chunk.offset + len(chunk.data) > self.manifest.byte_count:
             raise PayloadError(f"a payload has more than the announced {self.manifest.byte_count} bytes")
-        self._buffer += chunk.data
+        self._sink(chunk.data)
+        self._offset += len(chunk.data)
         self._digest.update(chunk.data)
-        if len(self._buffer) < self.manifest.byte_count:
+        if self._offset < self.manifest.byte_count:
             return False
         if self._digest.digest() != self.manifest.sha256:
             raise PayloadError("the digest of a payload differs from its manifest")
         return True
 
     def data(self) -> memoryview:
-        """The bytes; meaningful once `add` has returned True."""
+        """The collected bytes; meaningful once `add` has returned True, and empty if a sink took them."""
         return memoryview(self._buffer).toreadonly()
 
     def tensors(self) -> Mapping[str, Array]:
-        """The tensors; meaningful once `add` has returned True."""
+        """The collected tensors; meaningful once `add` has returned True."""
         return unpack(self.manifest.tensors, self.data())

@@ -49,6 +49,16 @@ def write_atomic_by(path: Path, write: Callable[[Path], object], mode: int = 0o6
         raise storage_error("write", path, error) from error
 
 
+def move_durably(source: Path, target: Path) -> None:
+    """Force a written file to disk and rename it to `target` on the same file system; raises StorageError."""
+    try:
+        _sync(source, os.O_RDONLY)
+        source.replace(target)
+        _sync(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise storage_error("write", target, error) from error
+
+
 def ensure_private_directory(path: Path) -> None:
     """Make `path` a directory that only we can enter (0700), with its parents; an existing one is checked, not changed.
 

@@ -92,8 +92,8 @@ def initial_tensors(specs: Iterable[TensorSpec], seed: int) -> dict[str, Array]:
     for spec in specs:
         match spec.init:
             case Normal(std):
-                draw = seeded_generator(seed, "initial", spec.name).standard_normal(spec.shape)
-                values[spec.name] = (draw * std).astype(np.float32)
+                draw = seeded_generator(seed, "initial", spec.name).standard_normal(spec.shape, np.float32)
+                values[spec.name] = np.multiply(draw, np.float32(std), out=draw)
             case Zeros():
                 values[spec.name] = np.zeros(spec.shape, np.float32)
             case Phrase(text):

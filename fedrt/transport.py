@@ -29,6 +29,7 @@ GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 Collected = Callable[[memoryview | PayloadError], None]
+Sink = Callable[[bytes | memoryview], None]  # may raise `PayloadError`
 
 
 class SilenceError(FedrtError):
@@ -76,9 +77,12 @@ class Transport:
         self._payloads.append((payload_id, chunks(payload_id, data)))
         self._wake.set()
 
-    def collect(self, manifest: Manifest, done: Collected) -> None:
-        """Collect the announced payload; `done` gets its bytes, or the error that spoilt it. Others are discarded."""
-        self._collecting[manifest.payload_id] = (Assembler(manifest), done)
+    def collect(self, manifest: Manifest, done: Collected, sink: Sink | None = None) -> None:
+        """Collect an announced payload, in memory or into `sink`; `done` gets its bytes, or the error that spoilt it.
+
+        Payloads that nobody collects are discarded. An error that `sink` raises spoils the payload.
+        """
+        self._collecting[manifest.payload_id] = (Assembler(manifest, sink), done)
 
     def discard(self, payload_id: str) -> None:
         """Stop collecting a payload and forget what has arrived of it."""

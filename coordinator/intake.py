@@ -1,0 +1,67 @@
+"""Takes in the tensors of one result: small ones in memory, large ones straight into a file, judged as they arrive."""
+
+import secrets
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from coordinator.blobs import INLINE_BYTES, Blob, Landed
+from fedrt.errors import PayloadError
+from fedrt.payload import Manifest
+
+_ITEM = 4  # bytes of a float32; a manifest that announces anything else has been refused before
+
+
+class Intake:
+    """The sink of a `fedrt.payload.Assembler`. Holds a bounded amount of memory, however large the payload is."""
+
+    def __init__(self, manifest: Manifest, directory: Path) -> None:
+        self._byte_count = manifest.byte_count
+        self._buffer = bytearray()
+        self._tail = b""
+        self._file: BinaryIO | None = None
+        self._path = directory / secrets.token_hex(16)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Take the next bytes. Raises `PayloadError` for a value that is not finite, or if the disk refuses them."""
+        self._check_finite(data)
+        if self._byte_count <= INLINE_BYTES:
+            self._buffer += data
+            return
+        try:
+            if self._file is None:
+                self._file = self._path.open("xb", buffering=0)
+            remaining = memoryview(data)
+            while remaining:
+                remaining = remaining[self._file.write(remaining) or 0 :]
+        except OSError as error:
+            raise PayloadError(
+                f"the coordinator cannot store the payload ({error.strerror}); try again later"
+            ) from error
+
+    def finish(self) -> Blob:
+        """What the store takes over, once the payload is complete."""
+        if self._file is None:
+            return memoryview(self._buffer).toreadonly()
+        self._file.close()
+        return Landed(self._path, self._byte_count)
+
+    def discard(self) -> None:
+        """Forget what has arrived."""
+        if self._file is not None:
+            self._file.close()
+            self._path.unlink(missing_ok=True)
+
+    def _check_finite(self, data: bytes | memoryview) -> None:
+        joined = self._tail + bytes(data) if self._tail else data
+        whole = len(joined) // _ITEM * _ITEM
+        self._tail = bytes(joined[whole:])
+        if not np.isfinite(np.frombuffer(joined, "<f4", whole // _ITEM)).all():
+            raise PayloadError("a tensor has values that are not finite")
+
+
+def clear(directory: Path) -> None:
+    """Remove what an earlier run of the coordinator did not finish taking in."""
+    for path in directory.iterdir():
+        path.unlink()

@@ -1,11 +1,9 @@
 """What a coordinator's operator sets: the keys of coordinator.yaml."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Self
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from fedrt.config import (
     FederationName,
@@ -24,29 +22,8 @@ MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un of Linux, less the final zero
 MIN_PAYLOAD_LIMIT = 64 * 1024
 
 
-def _check_store(url: str) -> str:
-    """An error never repeats the URL: it may hold a password."""
-    if not re.match(r"(sqlite|postgresql)(\+[a-z0-9]+)?://", url):
-        raise ValueError(
-            "it is of no kind that fedrt knows; write sqlite:////var/lib/fedrt/store.db or "
-            "postgresql+psycopg://user@host/database"
-        )
-    if url.startswith("sqlite") and not re.match(r"sqlite(\+[a-z0-9]+)?:////[^/]", url):
-        raise ValueError("SQLite needs an absolute path after four slashes, such as sqlite:////var/lib/fedrt/store.db")
-    if urlsplit(url).password is not None or "password=" in url.lower():
-        raise ValueError(
-            "it holds a password, and files like this one get copied; "
-            "remove it and put it into the file that the environment variable PGPASSFILE names"
-        )
-    return url
-
-
 def _default_socket(values: dict[str, Any]) -> Path:
     return Path(values["state_directory"]) / "admin.sock"
-
-
-def _default_store(values: dict[str, Any]) -> str:
-    return f"sqlite:///{Path(values['state_directory']) / 'store.db'}"
 
 
 class ListenSection(Section):
@@ -91,10 +68,6 @@ class CoordinatorConfig(Section):
     admin_socket: LocalPath = Field(
         default_factory=_default_socket,
         description="Unix socket of fedrtctl; admin.sock in the state directory if not set",
-    )
-    store_url: Annotated[str, AfterValidator(_check_store)] = Field(
-        default_factory=_default_store,
-        description="URL of the database, without a password; an SQLite file in the state directory if not set",
     )
     heartbeat_interval: Annotated[Duration, bounded("100ms", "10m")] = duration(
         "2500ms", "How often each side of a session says that it is alive"

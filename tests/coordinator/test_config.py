@@ -30,7 +30,6 @@ def load(tmp_path: Path) -> Any:
 def test_defaults(load: Any, tmp_path: Path) -> None:
     config = load(TEXT)
     assert config.admin_socket == tmp_path / "state" / "admin.sock"
-    assert config.store_url == f"sqlite:///{tmp_path}/state/store.db"
     assert (config.heartbeat_interval, config.silence_limit, config.shutdown_grace) == (2.5, 5.0, 30.0)
     assert (config.limits.max_payload, config.limits.max_sessions) == (256 * 1024**2, 1000)
     assert (config.listen.admin, config.metrics) == (None, None)
@@ -41,7 +40,6 @@ def test_every_key(load: Any) -> None:
         TEXT.replace('7443"', '0", admin: "[::1]:0"')
         + """
 admin_socket: /run/admin.sock
-store_url: postgresql+psycopg://fedrt@db/fedrt
 heartbeat_interval: 1s
 silence_limit: 2s
 limits: {max_payload: 1GiB, max_sessions: 5}
@@ -51,7 +49,6 @@ shutdown_grace: 0s
 """
     )
     assert config.admin_socket == Path("/run/admin.sock")
-    assert config.store_url == "postgresql+psycopg://fedrt@db/fedrt"
     assert config.listen.admin == "[::1]:0"
     assert (config.limits.max_payload, config.shutdown_grace) == (1024**3, 0.0)
 
@@ -59,16 +56,7 @@ shutdown_grace: 0s
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("store: sqlite", "store is not a known key; did you mean 'store_url'?"),
-        (
-            "store_url: mysql://x",
-            "store_url: it is of no kind that fedrt knows; write sqlite:////var/lib/fedrt/store.db or",
-        ),
-        (
-            "store_url: sqlite:///store.db",
-            "store_url: SQLite needs an absolute path after four slashes, such as sqlite:////",
-        ),
-        ("store_url: 'sqlite://'", "store_url: SQLite needs an absolute path after four slashes, such as sqlite:////"),
+        ("admin_sock: x", "admin_sock is not a known key; did you mean 'admin_socket'?"),
         (
             "silence_limit: 4s",
             "silence_limit is 4s, less than two heartbeat_interval of 2500ms; set silence_limit to 5s",
@@ -95,15 +83,6 @@ def test_messages(load: Any, line: str, message: str) -> None:
 def test_two_listeners_at_one_address(load: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"session and admin are both '127.*give admin another port"):
         load(TEXT.replace('7443"', '7443", admin: "127.0.0.1:7443"'))
-
-
-@pytest.mark.parametrize("url", ["postgresql://u:geheim@db/x", "postgresql+a://db/x?password=geheim", "my:geheim"])
-def test_a_password_is_refused_and_not_repeated(load: Any, url: str) -> None:
-    with pytest.raises(ConfigurationError) as caught:
-        load(f"{TEXT}store_url: '{url}'\n")
-    assert "geheim" not in str(caught.value)
-    if not url.startswith("my"):
-        assert "store_url: it holds a password, and files like this one get copied; remove it" in str(caught.value)
 
 
 def test_long_state_directory(load: Any) -> None:

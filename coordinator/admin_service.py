@@ -1,6 +1,7 @@
 """Serves operators: translates requests into orders for the orchestrator and reads the store; decides nothing."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from coordinator.store import Store
 from fedrt.errors import FedrtError, PayloadError, SpecError
 from fedrt.payload import Manifest, chunks
 from fedrt.spec import NAME
-from fedrt.tensors import needs_clip
+from fedrt.tensors import Scope, needs_clip, of_scope
 from fedrt.v1 import admin_service_pb2 as pb
 from fedrt.v1 import admin_service_pb2_grpc
 from fedrt.wire_values import chunk_to_pb, experiment_spec_from_pb, manifest_to_pb
@@ -27,9 +28,10 @@ EVENT_BATCH = 500
 class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     """Who may call is decided before: by the Unix socket's mode, or by `authorization`."""
 
-    def __init__(self, orchestrator: Orchestrator, store: Store) -> None:
+    def __init__(self, orchestrator: Orchestrator, store: Store, max_payload_bytes: int) -> None:
         self._orchestrator = orchestrator
         self._store = store
+        self._max_payload_bytes = max_payload_bytes
 
     async def CreateExperiment(self, request: pb.CreateExperimentRequest, context: Any) -> pb.CreateExperimentResponse:
         """Create and queue; the same again succeeds, another spec under the same name does not."""
@@ -43,6 +45,12 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             if not specs and spec.rounds.count:
                 raise SpecError(
                     f"method {spec.local.method_name!r} has nothing to train; set rounds.count to 0 to evaluate it"
+                )
+            size = sum(4 * math.prod(s.shape) for s in of_scope(specs, Scope.SHARED))
+            if size > self._max_payload_bytes:
+                raise SpecError(
+                    f"the shared tensors of the experiment take {size} bytes; limits.max_payload of the coordinator "
+                    f"allows {self._max_payload_bytes}"
                 )
             initial = None if needs_clip(specs) else await asyncio.to_thread(initial_shared, spec)
         except (SpecError, PayloadError) as error:

@@ -69,7 +69,9 @@ async def serve(config: CoordinatorConfig, lifecycle: Lifecycle) -> None:
             if config.metrics is not None:
                 stack.callback(serve_metrics(config.metrics.listen, registry).close)
             address = await stack.enter_async_context(_session_listener(config, files, sessions))
-            await stack.enter_async_context(_admin_listeners(config, files, AdminService(orchestrator, store)))
+            await stack.enter_async_context(
+                _admin_listeners(config, files, AdminService(orchestrator, store, config.limits.max_payload))
+            )
             loop = asyncio.create_task(orchestrator.run())
             log.info("coordinator serves", version=fedrt.__version__, federation=config.federation, sessions=address)
             lifecycle.ready(f"serving federation {config.federation} on {address}")

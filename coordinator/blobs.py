@@ -52,9 +52,12 @@ class Blobs:
         """Make the large blobs durable before the transaction that names them. Raises `StorageError`."""
         for digest, blob in blobs.items():
             path = self._path(digest)
-            if blob_size(blob) <= INLINE_BYTES or path.exists():
+            if blob_size(blob) <= INLINE_BYTES:
                 continue
-            ensure_private_directory(path.parent)
+            if path.exists():
+                if isinstance(blob, Landed):
+                    blob.path.unlink(missing_ok=True)
+                continue
             if isinstance(blob, Landed):
                 move_durably(blob.path, path)
             else:
@@ -93,4 +96,4 @@ class Blobs:
             ) from error
 
     def _path(self, digest: str) -> Path:
-        return self._directory / digest[:2] / digest
+        return self._directory / digest

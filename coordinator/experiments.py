@@ -3,7 +3,8 @@
 Rules of the file:
 * `step` decides; the driver stores the returned experiment in one transaction, then performs the effects, in order.
 * Stages: INITIALIZE (only if a silo must compute the initial tensors), EVALUATE before the first round, then per round
-  TRAIN and, when due, EVALUATE. A stage waits in `round is None` until enough silos are connected.
+  TRAIN and, when due, EVALUATE. A stage waits in `round is None` until enough silos are connected; an EVALUATE no
+  longer than a round's time limit, if at least one is there.
 
     PENDING --first stage begins--> RUNNING --last stage closed--> SUCCEEDED
        |                              |---- a round failed, no retries left --> FAILED
@@ -48,13 +49,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything the federation has decided about one run. `round` is None between stages."""
+    """Everything the federation has decided about one run. `round` is None between stages, since `stage_time`."""
 
     experiment_id: str
     spec: ExperimentSpec
     schema_sha256: str  # hex
     create_time: float
     stage: Stage
+    stage_time: float
     state: ExperimentState = ExperimentState.PENDING
     message: str = ""
     round: Round | None = None
@@ -92,7 +94,7 @@ def create(experiment_id: str, spec: ExperimentSpec, schema_sha256: str, now: fl
         first = Stage(TaskKind.EVALUATE, 0)
     else:
         first = Stage(TaskKind.TRAIN, 1)
-    return Experiment(experiment_id, spec, schema_sha256, now, first)
+    return Experiment(experiment_id, spec, schema_sha256, now, first, now)
 
 
 def next_stage(spec: ExperimentSpec, stage: Stage) -> Stage | None:
@@ -117,12 +119,21 @@ def step(
             return _end(experiment, ExperimentState.CANCELLED, "cancelled by an operator", now)
         case SilosChanged():
             return _begin_stage(experiment, population, now)
+        case rounds.Tick() if experiment.round is None:
+            return _begin_stage(experiment, population, now)
         case _:
             if experiment.round is None:
                 return experiment, ()
             round_, effects = rounds.step(experiment.round, event, now)
             moved, more = _after_round(replace(experiment, round=round_), population, now)
             return moved, (*effects, *more)
+
+
+def next_tick(experiment: Experiment) -> float | None:
+    """When `Tick` can next change anything."""
+    if experiment.round is not None:
+        return rounds.next_tick(experiment.round)
+    return experiment.stage_time + experiment.spec.rounds.time_limit
 
 
 def offers_on_connect(experiment: Experiment, silo_id: str, held: frozenset[str]) -> Effects:
@@ -156,7 +167,8 @@ def _begin_stage(experiment: Experiment, population: Population, now: float) -> 
     if experiment.round is not None:
         return experiment, ()
     spec, stage = experiment.spec, experiment.stage
-    match select(spec.rounds, population, stage.kind, (spec.seed, stage.number)):
+    draw = (spec.seed, stage.number, stage.attempt)
+    match select(spec.rounds, population, stage.kind, draw, now >= experiment.stage_time + spec.rounds.time_limit):
         case Waiting(message):
             return replace(experiment, message=message), ()
         case Selection(asked, needed, absent):
@@ -189,7 +201,7 @@ def _after_round(experiment: Experiment, population: Population, now: float) -> 
         if stage is None:
             done, effects = _end(replace(experiment, round=None), ExperimentState.SUCCEEDED, "", now)
             return done, (closed, *effects)
-    begun, effects = _begin_stage(replace(experiment, round=None, stage=stage), population, now)
+    begun, effects = _begin_stage(replace(experiment, round=None, stage=stage, stage_time=now), population, now)
     return begun, (closed, *effects)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from coordinator.blobs import INLINE_BYTES, Blob, Landed
 from fedrt.errors import PayloadError
 from fedrt.payload import Manifest
+from fedrt.statefile import storage_error
 
 _ITEM = 4  # bytes of a float32; a manifest that announces anything else has been refused before
 
@@ -24,7 +25,7 @@ class Intake:
         self._path = directory / secrets.token_hex(16)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Take the next bytes. Raises `PayloadError` for a value that is not finite, or if the disk refuses them."""
+        """Take the next bytes. Raises `PayloadError` for a value that is not finite, `StorageError` for the disk."""
         self._check_finite(data)
         if self._byte_count <= INLINE_BYTES:
             self._buffer += data
@@ -32,13 +33,12 @@ class Intake:
         try:
             if self._file is None:
                 self._file = self._path.open("xb", buffering=0)
+                self._path.chmod(0o600)
             remaining = memoryview(data)
             while remaining:
                 remaining = remaining[self._file.write(remaining) or 0 :]
         except OSError as error:
-            raise PayloadError(
-                f"the coordinator cannot store the payload ({error.strerror}); try again later"
-            ) from error
+            raise storage_error("write", self._path, error) from error
 
     def finish(self) -> Blob:
         """What the store takes over, once the payload is complete."""

@@ -58,6 +58,7 @@ class Orchestrator:
         self._actions = Actions(store, self._thread, metrics, self.submit, clock)
         self._changes = Changes()
         self._due: list[Action] = []
+        self._ticked = 0.0  # when time was last told to all experiments
         self.active = ActiveExperiments()
         self.presence = Presence()
         self.bell = asyncio.Event()  # rung, and replaced, when events have been stored
@@ -112,9 +113,8 @@ class Orchestrator:
             active.tasks = {task.task_id: task for task in known if experiment.round.ask(task.task_id)}
 
     async def _next_message(self) -> Message:
-        running = [active.experiment.round for active in self.active.by_name.values()]
-        ticks = [rounds.next_tick(round_) for round_ in running if round_ is not None]
-        due = min((tick for tick in ticks if tick is not None), default=None)
+        ticks = [experiments.next_tick(active.experiment) for active in self.active.by_name.values()]
+        due = min((tick for tick in ticks if tick is not None and tick > self._ticked), default=None)
         timeout = None if due is None else max(0.0, due - self._clock())
         try:
             async with asyncio.timeout(timeout):
@@ -181,6 +181,7 @@ class Orchestrator:
             case CancelOrdered(experiment_id, done):
                 await self._cancel(experiment_id, done)
             case TimePassed():
+                self._ticked = now
                 self._advance_all(rounds.Tick())
 
     def _session_opened(self, session: Session, hello: Hello, now: float) -> None:

@@ -32,11 +32,14 @@ class Population:
     available: frozenset[str]
 
 
-def select(rounds: RoundsSpec, population: Population, kind: TaskKind, draw: tuple[int, int]) -> Selection | Waiting:
-    """Ask every available silo that may take part, or `max_silos` of them drawn by `draw` (seed, round number).
+def select(
+    rounds: RoundsSpec, population: Population, kind: TaskKind, draw: tuple[int, int, int], overdue: bool = False
+) -> Selection | Waiting:
+    """Ask every available silo that may take part, or `max_silos` of them drawn by `draw` (seed, round, attempt).
 
     Without `min_results` every silo that may take part is needed, so the round waits for all of them. An evaluation
-    needs one result only: whoever is absent is recorded, and the experiment goes on.
+    begins as a training round does, but once it has been `overdue` with whoever is there: it needs one result only,
+    whoever is absent is recorded, and the experiment goes on.
     """
     wanted: Set[str] = frozenset(rounds.silos) or population.known
     available = sorted(wanted & population.available)
@@ -47,12 +50,14 @@ def select(rounds: RoundsSpec, population: Population, kind: TaskKind, draw: tup
         return Waiting("waiting for silos: none has ever connected")
     if kind is TaskKind.INITIALIZE:
         needed, capacity = 1, 1
+    if kind is TaskKind.EVALUATE and overdue:
+        needed = 1
     if len(available) < needed:
         names = f"; not connected: {', '.join(missing)}" if missing else ""
         return Waiting(f"waiting for silos: {len(available)} of {needed} needed are connected{names}")
     asked = available
     if len(available) > capacity:
-        order = seeded_generator(draw[0], "select", draw[1]).permutation(len(available))
+        order = seeded_generator(draw[0], "select", draw[1], draw[2]).permutation(len(available))
         asked = sorted(available[index] for index in order[:capacity])
     absent = tuple((name, "not connected") for name in missing)
     return Selection(tuple(asked), 1 if kind is TaskKind.EVALUATE else needed, absent)

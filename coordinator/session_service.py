@@ -26,7 +26,7 @@ from coordinator.intake import Intake
 from coordinator.orchestrator import Orchestrator
 from coordinator.records import TensorsRef
 from coordinator.validation import check_announcement
-from fedrt.errors import PayloadError, RemoteProtocolError, TensorError
+from fedrt.errors import PayloadError, RemoteProtocolError, StorageError, TensorError
 from fedrt.metrics import CoordinatorMetrics
 from fedrt.payload import Manifest
 from fedrt.session.connection import Phase, Role, TaskPhase
@@ -87,6 +87,9 @@ class SiloSession:
             return grpc.StatusCode.INVALID_ARGUMENT, str(error)
         except SilenceError as error:
             return grpc.StatusCode.DEADLINE_EXCEEDED, str(error)
+        except StorageError as error:
+            self._service.log.error("a payload cannot be stored", silo=self.silo_id, reason=str(error))
+            return grpc.StatusCode.UNAVAILABLE, "the coordinator cannot store the result now; it is to be sent again"
         finally:
             pump.cancel()
             await asyncio.gather(pump, return_exceptions=True)
@@ -230,7 +233,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         self._sessions: set[SiloSession] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._log = structlog.get_logger("coordinator.sessions")
+        self.log = structlog.get_logger("coordinator.sessions")
 
     async def OpenSession(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]
         """Serve one silo. Who may call is decided before, by `authorization`."""
@@ -238,7 +241,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         if len(self._sessions) >= self.limits.max_sessions:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the coordinator serves as many silos as it may")
         session = SiloSession(silo_id, context, self)
-        log = self._log.bind(silo=silo_id, session=session.session_id)
+        log = self.log.bind(silo=silo_id, session=session.session_id)
         self._sessions.add(session)
         self._idle.clear()
         self.metrics.sessions_open.set(len(self._sessions))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from pydantic import TypeAdapter
@@ -17,10 +17,13 @@ from pydantic import TypeAdapter
 from coordinator.blobs import Blobs, metadata
 from coordinator.experiments import Experiment, ExperimentState
 from coordinator.records import Changes, Checkpoint, Event, NumberedEvent, SiloRecord, TaskRecord, TensorsRef
-from fedrt.errors import StorageError
-from fedrt.statefile import ensure_private_directory
+from fedrt.errors import PayloadError, SpecError, StorageError
+from fedrt.statefile import ensure_private_directory, storage_error
 
 SCHEMA_VERSION = 1
+_DAMAGED = "a record in the store is damaged; restore the state directory from a backup"
+
+_T = TypeVar("_T")
 
 _experiments = sa.Table(
     "experiments",
@@ -77,10 +80,20 @@ def _dump_event(event: Event) -> str:
     return json.dumps({"kind": type(event).__name__, "event": _EVENT.dump_python(event, mode="json")})
 
 
+def _load(adapter: TypeAdapter[_T], document: str) -> _T:
+    try:
+        return adapter.validate_json(document)
+    except (ValueError, SpecError, PayloadError) as error:
+        raise StorageError(_DAMAGED) from error
+
+
 def _load_event(document: str) -> Event:
-    parsed = json.loads(document)
-    adapter: TypeAdapter[Event] = _EVENT_KINDS[parsed["kind"]]
-    return adapter.validate_python(parsed["event"])
+    try:
+        parsed = json.loads(document)
+        adapter: TypeAdapter[Event] = _EVENT_KINDS[parsed["kind"]]
+        return adapter.validate_python(parsed["event"])
+    except (ValueError, KeyError, PayloadError) as error:
+        raise StorageError(_DAMAGED) from error
 
 
 _EVENT_KINDS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for kind in Event.__args__}
@@ -148,40 +161,40 @@ class Store:
         ended = [state.value for state in ExperimentState if state.has_ended]
         query = sa.select(_experiments.c.document).where(_experiments.c.state.not_in(ended))
         rows = self._all(query.order_by(_experiments.c.create_time))
-        return [_EXPERIMENT.validate_json(row.document) for row in rows]
+        return [_load(_EXPERIMENT, row.document) for row in rows]
 
     def experiment(self, experiment_id: str) -> Experiment | None:
         """One experiment, or None."""
         query = sa.select(_experiments.c.document).where(_experiments.c.experiment_id == experiment_id)
         rows = self._all(query)
-        return _EXPERIMENT.validate_json(rows[0].document) if rows else None
+        return _load(_EXPERIMENT, rows[0].document) if rows else None
 
     def experiments(self, limit: int, offset: int) -> list[Experiment]:
         """A page of experiments, newest first."""
         order = (_experiments.c.create_time.desc(), _experiments.c.experiment_id)
         query = sa.select(_experiments.c.document).order_by(*order).limit(limit).offset(offset)
-        return [_EXPERIMENT.validate_json(row.document) for row in self._all(query)]
+        return [_load(_EXPERIMENT, row.document) for row in self._all(query)]
 
     def task(self, task_id: str) -> TaskRecord | None:
         """One task, or None if it was never offered."""
         rows = self._all(sa.select(_tasks.c.document).where(_tasks.c.task_id == task_id))
-        return _TASK.validate_json(rows[0].document) if rows else None
+        return _load(_TASK, rows[0].document) if rows else None
 
     def round_tasks(self, experiment_id: str, round_number: int) -> list[TaskRecord]:
         """The tasks of a round, all kinds and attempts."""
         place = (_tasks.c.experiment_id == experiment_id) & (_tasks.c.round_number == round_number)
-        return [_TASK.validate_json(row.document) for row in self._all(sa.select(_tasks.c.document).where(place))]
+        return [_load(_TASK, row.document) for row in self._all(sa.select(_tasks.c.document).where(place))]
 
     def checkpoint(self, experiment_id: str) -> Checkpoint | None:
         """What an experiment has learned so far, or None before its initial tensors exist."""
         query = sa.select(_checkpoints.c.document).where(_checkpoints.c.experiment_id == experiment_id)
         rows = self._all(query.order_by(_checkpoints.c.round_number.desc()).limit(1))
-        return _CHECKPOINT.validate_json(rows[0].document) if rows else None
+        return _load(_CHECKPOINT, rows[0].document) if rows else None
 
     def silos(self) -> list[SiloRecord]:
         """Every silo ever met, by name."""
         rows = self._all(sa.select(_silos.c.document).order_by(_silos.c.silo_id))
-        return [_SILO.validate_json(row.document) for row in rows]
+        return [_load(_SILO, row.document) for row in rows]
 
     def events(self, after: int, experiment_id: str, limit: int) -> list[NumberedEvent]:
         """Events after a number, oldest first; of one experiment unless the id is empty."""
@@ -211,6 +224,8 @@ class _Guard(AbstractContextManager[None]):
         self._action, self._what = action, what
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise storage_error(self._action, Path(self._what), error) from error
         if isinstance(error, sa.exc.DBAPIError):
             raise StorageError(
                 f"cannot {self._action} {self._what}: {error.orig}; check free space, file modes and the disk"

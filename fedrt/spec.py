@@ -3,6 +3,7 @@
 import enum
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 from fedrt.errors import SpecError
@@ -12,6 +13,7 @@ from fedrt.tensors import TensorSpec
 
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 MAX_CLASSES = 100_000
+MAX_COUNT = 1_000_000
 
 
 class Precision(enum.Enum):
@@ -58,8 +60,8 @@ class ModelSpec:
                 f"model.weights_sha256 {self.weights_sha256!r} is not 64 hexadecimal digits; "
                 "`fedrt-silo model --config silo.yaml` prints the digest of a silo's weights"
             )
-        if self.context_dim < 1 or self.feature_dim < 1:
-            raise SpecError("model.context_dim and model.feature_dim must be at least 1")
+        if not (0 < self.context_dim <= MAX_COUNT and 0 < self.feature_dim <= MAX_COUNT):
+            raise SpecError(f"model.context_dim and model.feature_dim must be between 1 and {MAX_COUNT}")
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ class TrainingSpec:
     precision: Precision = Precision.FP32
 
     def __post_init__(self) -> None:
-        if self.local_epochs < 1 or self.batch_size < 1:
-            raise SpecError("training.local_epochs and training.batch_size must be at least 1")
+        if not (0 < self.local_epochs <= MAX_COUNT and 0 < self.batch_size <= MAX_COUNT):
+            raise SpecError(f"training.local_epochs and training.batch_size must be between 1 and {MAX_COUNT}")
 
 
 @dataclass(frozen=True)
@@ -153,15 +155,17 @@ class LocalSpec:
         if not self.classes or len(self.classes) > MAX_CLASSES:
             raise SpecError(f"classes holds {len(self.classes)} names; allowed are 1 to {MAX_CLASSES}")
         if len(set(self.classes)) != len(self.classes):
-            twice = next(name for name in self.classes if self.classes.count(name) > 1)
+            twice, _ = Counter(self.classes).most_common(1)[0]
             raise SpecError(f"classes names {twice!r} twice")
         for name in self.classes:
             if not name.strip() or len(name) > 200:
                 raise SpecError(f"classes: {name!r} is empty or longer than 200 characters")
         try:
-            json.loads(self.hyperparameters_json)
-        except ValueError:
+            values = json.loads(self.hyperparameters_json)
+        except (ValueError, RecursionError):
             raise SpecError("the method's hyper-parameters are not JSON") from None
+        if not isinstance(values, dict):
+            raise SpecError("the method's hyper-parameters are not a JSON object")
 
     @property
     def dims(self) -> ModelDims:

@@ -5,6 +5,7 @@ payload after the other in turn, and are read from their buffer only when the pe
 """
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -59,6 +60,7 @@ class Transport:
         self._payloads: deque[tuple[str, Iterator[Chunk]]] = deque()
         self._collecting: dict[str, tuple[Assembler, Collected]] = {}
         self._wake = asyncio.Event()
+        self._intervals_changed = asyncio.Event()
         self._finishing = False
         now = time.monotonic()
         self._liveness = Liveness(HANDSHAKE_LIMIT, HANDSHAKE_LIMIT, now, now)
@@ -132,6 +134,7 @@ class Transport:
         if isinstance(frame, Welcome):
             self._liveness.heartbeat_interval = frame.heartbeat_interval
             self._liveness.silence_limit = frame.silence_limit
+            self._intervals_changed.set()
 
     def _add_chunk(self, chunk: Chunk) -> None:
         if chunk.payload_id not in self._collecting:
@@ -178,7 +181,11 @@ class Transport:
 
     async def _watch_silence(self) -> None:
         while True:
-            await asyncio.sleep(max(0.0, self._liveness.next_check() - time.monotonic()))
+            self._intervals_changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(
+                    self._intervals_changed.wait(), max(0.0, self._liveness.next_check() - time.monotonic())
+                )
             now = time.monotonic()
             if self._liveness.is_silent(now):
                 raise SilenceError(f"nothing was heard for {self._liveness.silence_limit:g} seconds")

@@ -6,6 +6,7 @@ from typing import Any
 from fedrt.errors import FailureReason, PayloadError, SpecError
 from fedrt.payload import Manifest
 from fedrt.session.frames import (
+    MAX_TEXT_LENGTH,
     CoordinatorFrame,
     Drain,
     Frame,
@@ -69,7 +70,7 @@ def _offer_from_pb(message: task_pb.TaskOffer) -> TaskOffer | UnreadableOffer:
     try:
         return _read_offer(message)
     except (PayloadError, SpecError) as error:
-        return UnreadableOffer(message.task_id, str(error))
+        return UnreadableOffer(message.task_id, str(error)[:MAX_TEXT_LENGTH])
 
 
 def _read_offer(message: task_pb.TaskOffer) -> TaskOffer:
@@ -141,7 +142,9 @@ def _task_result_from_pb(message: task_pb.TaskResult) -> TaskResult | Unreadable
     try:
         return TaskResult(_result_from_pb(message))
     except PayloadError as error:
-        return UnreadableResult(message.task_id, str(error))
+        return UnreadableResult(
+            message.task_id, str(error)[:MAX_TEXT_LENGTH], message.success.shared_tensors.payload_id
+        )
 
 
 def _hello_to_pb(frame: Hello) -> session_pb.Hello:

@@ -8,7 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from fedrt.errors import PayloadError
-from fedrt.payload import Chunk, ElementType, Manifest, TensorHeader
+from fedrt.payload import MAX_TENSORS, Chunk, ElementType, Manifest, TensorHeader
 from fedrt.spec import (
     EvaluationSpec,
     ExperimentSpec,
@@ -60,8 +60,13 @@ _ON_TOO_FEW = EnumMap(OnTooFew, experiment_pb.RoundsSpec.OnTooFew, "ON_TOO_FEW")
 
 def duration_to_pb(seconds: float) -> Duration:
     """Seconds as a protobuf duration, to the nanosecond."""
+    return Duration(**_split(seconds))
+
+
+def _split(seconds: float) -> dict[str, int]:
     whole = int(seconds // 1)
-    return Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))
+    nanos = round((seconds - whole) * 1e9)
+    return {"seconds": whole + nanos // 10**9, "nanos": nanos % 10**9}
 
 
 def duration_from_pb(message: Duration) -> float:
@@ -71,8 +76,7 @@ def duration_from_pb(message: Duration) -> float:
 
 def time_to_pb(unix_seconds: float) -> Timestamp:
     """Unix seconds as a protobuf timestamp."""
-    whole = int(unix_seconds // 1)
-    return Timestamp(seconds=whole, nanos=int((unix_seconds - whole) * 1e9))
+    return Timestamp(**_split(unix_seconds))
 
 
 def time_from_pb(message: Timestamp) -> float:
@@ -95,6 +99,8 @@ def manifest_to_pb(manifest: Manifest) -> tensor_pb.PayloadManifest:
 
 def manifest_from_pb(message: tensor_pb.PayloadManifest) -> Manifest:
     """The manifest of a message. Raises `PayloadError` if it contradicts itself."""
+    if len(message.tensors) > MAX_TENSORS:
+        raise PayloadError(f"a manifest has {len(message.tensors)} tensors; allowed are 1 to {MAX_TENSORS}")
     headers = tuple(
         TensorHeader(h.name, _ELEMENT.back(ElementType, h.element_type), tuple(h.shape)) for h in message.tensors
     )

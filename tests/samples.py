@@ -21,7 +21,9 @@ def local_spec(
     return LocalSpec(method, hyperparameters, MODEL, classes, TrainingSpec(), count)
 
 
-def experiment_spec(count: int = 1, every: int = 1, hyperparameters: str = FROM_NOISE, **limits: object) -> ExperimentSpec:
+def experiment_spec(
+    count: int = 1, every: int = 1, hyperparameters: str = FROM_NOISE, **limits: object
+) -> ExperimentSpec:
     defaults: dict[str, object] = {"time_limit": 100.0, "on_too_few": OnTooFew.FAIL}
     make: Callable[..., RoundsSpec] = RoundsSpec
     rounds = make(count, **{**defaults, **limits})

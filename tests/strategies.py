@@ -28,7 +28,7 @@ from fedrt.task import Failure, RefusalReason, Result, Success, Task, TaskKind, 
 
 UINT32 = st.integers(0, 2**32 - 1)
 UINT64 = st.integers(0, 2**64 - 1)
-COUNT32 = st.integers(1, 2**32 - 1)
+COUNTS = st.integers(1, 1_000_000)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 ids = st.text(st.sampled_from("abcé-/0189 "), min_size=1, max_size=12)
@@ -57,7 +57,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     return Manifest(draw(ids), described, sum(header.byte_count for header in described), draw(digests))
 
 
-models = st.builds(ModelSpec, texts, digests.map(bytes.hex), COUNT32, COUNT32)
+models = st.builds(ModelSpec, texts, digests.map(bytes.hex), COUNTS, COUNTS)
 optimizers = st.builds(
     OptimizerSpec,
     st.sampled_from(OptimizerName),
@@ -65,9 +65,7 @@ optimizers = st.builds(
     st.floats(0, 1, exclude_max=True),
     st.floats(0, 10),
 )
-trainings = st.builds(
-    TrainingSpec, COUNT32, COUNT32, optimizers, st.sampled_from(Schedule), st.sampled_from(Precision)
-)
+trainings = st.builds(TrainingSpec, COUNTS, COUNTS, optimizers, st.sampled_from(Schedule), st.sampled_from(Precision))
 class_names = st.lists(texts.filter(str.strip), min_size=1, max_size=5, unique=True).map(tuple)
 hyperparameters = st.dictionaries(texts, st.none() | st.booleans() | st.integers() | texts, max_size=3).map(json.dumps)
 local_specs = st.builds(LocalSpec, texts, hyperparameters, models, class_names, trainings, UINT32)

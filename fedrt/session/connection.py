@@ -86,6 +86,7 @@ class _Progress:
 class _Speaker:
     phase: Phase = Phase.START
     payloads: dict[str, _Progress] = field(default_factory=dict)
+    ignored: set[str] = field(default_factory=set)  # payloads of results that we could not read
 
 
 _ARRIVES_AS: dict[type[Frame], type[Frame]] = {UnreadableOffer: TaskOffer, UnreadableResult: TaskResult}
@@ -106,6 +107,8 @@ class Connection:
 
     def send(self, frame: Frame) -> None:
         """Record a frame of ours. Raises `LocalProtocolError`."""
+        if type(frame) in _ARRIVES_AS:
+            raise LocalProtocolError(f"{type(frame).__name__} only arrives")
         self._speak(self.our_role, frame, LocalProtocolError)
 
     def receive(self, frame: Frame) -> None:
@@ -185,8 +188,9 @@ class Connection:
                 self._require(task_id, TaskPhase.WORKING)
             case TaskResult(result):
                 self._apply_result(speaker, result.task_id, result.manifest)
-            case UnreadableResult(task_id):
+            case UnreadableResult(task_id, _, payload_id):
                 self._apply_result(speaker, task_id, None)
+                speaker.ignored.add(payload_id)
             case ResultAck(task_id):
                 self._require(task_id, TaskPhase.RETURNED)
                 self._forget_offer(task_id)
@@ -214,10 +218,13 @@ class Connection:
         if len(speaker.payloads) >= MAX_OPEN_PAYLOADS:
             raise _Illegal(f"more than {MAX_OPEN_PAYLOADS} payloads are open")
         speaker.payloads[manifest.payload_id] = _Progress(manifest, task_id)
+        speaker.ignored.discard(manifest.payload_id)
 
     def _apply_chunk(self, role: Role, speaker: _Speaker, frame: PayloadChunk) -> None:
         chunk = frame.chunk
         progress = speaker.payloads.get(chunk.payload_id)
+        if progress is None and chunk.payload_id in speaker.ignored:
+            return
         if progress is None:
             raise _Illegal(f"payload {chunk.payload_id!r} is not announced")
         if role is Role.COORDINATOR and self._tasks.get(progress.task_id) is TaskPhase.OFFERED:

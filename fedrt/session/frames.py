@@ -157,6 +157,7 @@ class UnreadableResult:
 
     task_id: str
     message: str
+    payload_id: str = ""  # its chunks may already be under way: they are passed over
 
     def __post_init__(self) -> None:
         _check_id(self.task_id)

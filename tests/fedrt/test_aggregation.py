@@ -1,12 +1,14 @@
 """FedAvg with numbers that can be computed by hand, and without any trace of the order of arrival."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedrt.aggregation import ServerState, Update, add_delta, federated_average, weighted_mean
+from fedrt.aggregation import ServerState, Update, federated_average, weighted_mean
 
 SLICE = 1 << 18  # the elements that are summed at a time
 
@@ -49,7 +51,9 @@ def test_no_examples_have_no_mean(updates):
 float32s = st.floats(-(2.0**100), 2.0**100, width=32)
 
 
-@given(hnp.arrays(np.float32, 5, elements=float32s), hnp.arrays(np.float32, 5, elements=float32s), st.integers(1, 10**9))
+@given(
+    hnp.arrays(np.float32, 5, elements=float32s), hnp.arrays(np.float32, 5, elements=float32s), st.integers(1, 10**9)
+)
 def test_one_update_alone_adds_exactly_its_delta(shared, delta, count):
     after = federated_average(ServerState({"context": shared}), [Update("a", {"context": delta}, count)])
     assert np.array_equal(after.shared["context"], shared + delta)
@@ -67,6 +71,12 @@ def test_the_order_of_arrival_changes_no_bit(orders):
         weighted_mean([Update(silo, {"context": delta}, count) for silo, (delta, count) in order]) for order in orders
     ]
     assert means[0]["context"].tobytes() == means[1]["context"].tobytes()
+
+
+def test_sums_that_depend_on_the_order_are_taken_by_silo():
+    """Even in float64, (2**100 + 1) - 2**100 is 0 and (2**100 - 2**100) + 1 is 1."""
+    updates = [update("a", 1, 2.0**100), update("b", 1, 1.0), update("c", 1, -(2.0**100))]
+    assert {weighted_mean(order)["context"].tobytes() for order in itertools.permutations(updates)} == {b"\0\0\0\0"}
 
 
 @pytest.mark.parametrize("size", [SLICE - 1, SLICE, SLICE + 1, 2 * SLICE + 7])
@@ -87,5 +97,8 @@ def test_small_updates_are_not_lost_beside_large_ones():
     assert mean["context"][0] == pytest.approx(1 / 3, rel=1e-6)
 
 
-def test_the_sum_stays_float32():
-    assert add_delta({"a": np.ones(2, np.float32)}, {"a": np.ones(2, np.float32)})["a"].dtype == np.float32
+def test_what_goes_in_is_not_changed():
+    shared, delta = np.ones(3, np.float32), np.full(3, 2, np.float32)
+    after = federated_average(ServerState({"context": shared}), [Update("a", {"context": delta}, 1)])
+    assert after.shared["context"].dtype == np.float32
+    assert (shared.tolist(), delta.tolist()) == ([1, 1, 1], [2, 2, 2])

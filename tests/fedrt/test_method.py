@@ -58,9 +58,9 @@ def test_written_hyperparameters_make_the_same_method(method):
 
 
 def test_an_unknown_method_is_named_with_the_closest_installed_one():
-    with pytest.raises(SpecError, match="'promtfl' is not installed; did you mean 'promptfl'?"):
+    with pytest.raises(SpecError, match=r"'promtfl' is not installed; did you mean 'promptfl'\?"):
         find_method("promtfl")
-    with pytest.raises(SpecError, match="'xyz' is not installed; installed are .*'promptfl'.*'zeroshot'"):
+    with pytest.raises(SpecError, match=r"'xyz' is not installed; installed are .*'promptfl'.*'zeroshot'"):
         find_method("xyz")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_tensors_survive_however_the_bytes_are_cut(tensors, data):
     manifest, packed = describe("p", tensors)
     cuts = sorted(data.draw(st.sets(st.integers(1, len(packed) - 1), max_size=5))) if len(packed) > 1 else []
     edges = [0, *cuts, len(packed)]
-    pieces = [Chunk("p", start, packed[start:stop]) for start, stop in zip(edges, edges[1:], strict=False)]
+    pieces = [Chunk("p", start, packed[start:stop]) for start, stop in itertools.pairwise(edges)]
     assembler, complete = assemble(manifest, pieces)
     assert complete == [False] * len(cuts) + [True]
     assert bytes(assembler.data()) == bytes(packed)
@@ -105,7 +106,7 @@ def test_received_tensors_cannot_be_changed():
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.uint8, np.bool_, np.complex64, "<U3", object])
 def test_other_element_types_are_not_exchanged(dtype):
-    with pytest.raises(PayloadError, match="tensor 'a' has type .*, which is not exchanged"):
+    with pytest.raises(PayloadError, match=r"tensor 'a' has type .*, which is not exchanged"):
         describe("p", {"a": np.zeros(2, dtype)})
 
 
@@ -171,6 +172,28 @@ class TestAssembler:
         assembler = Assembler(Manifest("p", (header,), header.byte_count, b"\0" * 32))
         assert not assembler.add(Chunk("p", 0, b"abc"))
         assert len(assembler.data()) == 3
+
+
+@given(tensor_sets)
+def test_a_sink_gets_the_bytes_as_they_arrive_and_nothing_is_collected(tensors):
+    manifest, data = describe("p", tensors)
+    taken = bytearray()
+    assembler = Assembler(manifest, taken.extend)
+    complete = [assembler.add(piece) for piece in chunks("p", data)]
+    assert complete[-1]
+    assert taken == data
+    assert len(assembler.data()) == 0
+
+
+def test_a_sink_never_gets_more_than_was_announced():
+    manifest, data = bytes_payload(1000)
+    taken = bytearray()
+    assembler = Assembler(manifest, taken.extend)
+    assembler.add(Chunk("p", 0, data[:600]))
+    for wrong in (Chunk("p", 600, b"x" * 401), Chunk("p", 599, b"x"), Chunk("p", 700, b"x")):
+        with pytest.raises(PayloadError):
+            assembler.add(wrong)
+    assert taken == data[:600]
 
 
 @pytest.mark.parametrize("size", [0, CHUNK_BYTES + 1])

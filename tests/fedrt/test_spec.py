@@ -35,7 +35,7 @@ def test_a_weights_digest_is_64_hexadecimal_digits(digest):
 
 @pytest.mark.parametrize("dims", [(0, 4), (8, 0), (-1, 4)])
 def test_model_dimensions_are_positive(dims):
-    with refused("model.context_dim and model.feature_dim must be at least 1"):
+    with refused("model.context_dim and model.feature_dim must be between 1 and 1000000"):
         ModelSpec("ViT-B-16", DIGEST, *dims)
 
 
@@ -61,7 +61,7 @@ def test_a_wrong_optimizer_value_is_named(values, message):
 
 @pytest.mark.parametrize("values", [{"local_epochs": 0}, {"batch_size": 0}, {"local_epochs": -1}])
 def test_epochs_and_batches_are_positive(values):
-    with refused("training.local_epochs and training.batch_size must be at least 1"):
+    with refused("training.local_epochs and training.batch_size must be between 1 and 1000000"):
         TrainingSpec(**values)
 
 

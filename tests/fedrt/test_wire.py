@@ -55,7 +55,9 @@ def test_every_local_spec_survives(spec, schema):
 
 @given(fedrt_st.manifests())
 def test_every_manifest_survives(manifest):
-    assert manifest_from_pb(tensor_pb.PayloadManifest.FromString(manifest_to_pb(manifest).SerializeToString())) == manifest
+    assert (
+        manifest_from_pb(tensor_pb.PayloadManifest.FromString(manifest_to_pb(manifest).SerializeToString())) == manifest
+    )
 
 
 @given(st.floats(0, 1e9))
@@ -190,7 +192,10 @@ def refusal_of(reason):
             "HeldState number 77 is not known",
         ),
         (Request(hello=session_pb.Hello(methods=["m"] * 1001)), "a list has 1001 items; allowed are 1000"),
-        (Request(hello=session_pb.Hello(resources=session_pb.Resources(device="d" * 2001))), "a text has 2001 characters; allowed are 2000"),
+        (
+            Request(hello=session_pb.Hello(resources=session_pb.Resources(device="d" * 2001))),
+            "a text has 2001 characters; allowed are 2000",
+        ),
         (Request(payload_chunk=tensor_pb.PayloadChunk(payload_id="p")), "a chunk has 0 bytes"),
         (
             Request(payload_chunk=tensor_pb.PayloadChunk(payload_id="p", data=b"x" * (256 * 1024 + 1))),

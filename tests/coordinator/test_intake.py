@@ -1,0 +1,80 @@
+"""Results are judged while they arrive: bounded memory, private files, nothing left of what is given up."""
+
+import os
+import stat
+
+import numpy as np
+import pytest
+
+from coordinator.blobs import INLINE_BYTES, Landed
+from coordinator.intake import Intake, clear
+from fedrt.errors import PayloadError
+from fedrt.payload import describe
+
+SMALL, LARGE = 10, INLINE_BYTES // 4 + 10
+
+
+def announced(elements, bad=None):
+    values = np.arange(elements, dtype=np.float32)
+    if bad is not None:
+        values[elements // 2] = bad
+    return describe("p", {"context": values})
+
+
+def taken(directory, elements, piece_bytes, bad=None):
+    """An intake that has been given the whole payload in pieces."""
+    manifest, data = announced(elements, bad)
+    intake = Intake(manifest, directory)
+    for start in range(0, len(data), piece_bytes):
+        intake.write(data[start : start + piece_bytes])
+    return intake, data
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 3, 4, 7, 40])
+def test_a_small_result_stays_in_memory(tmp_path, piece_bytes):
+    intake, data = taken(tmp_path, SMALL, piece_bytes)
+    assert intake.finish() == data
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("piece_bytes", [100_001, 1 << 18])
+def test_a_large_result_lands_in_one_file(tmp_path, piece_bytes):
+    intake, data = taken(tmp_path, LARGE, piece_bytes)
+    blob = intake.finish()
+    assert isinstance(blob, Landed)
+    assert blob.byte_count == len(data)
+    assert blob.path.read_bytes() == data
+    assert list(tmp_path.iterdir()) == [blob.path]
+
+
+def test_a_file_of_a_result_is_private_whatever_the_umask(tmp_path):
+    before = os.umask(0o000)
+    try:
+        blob = taken(tmp_path, LARGE, 1 << 18)[0].finish()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(blob.path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("elements", "piece_bytes"), [(SMALL, 3), (SMALL, 40), (LARGE, 99_999), (LARGE, 1 << 18)])
+def test_a_value_that_is_not_finite_is_found_however_the_bytes_are_cut(tmp_path, bad, elements, piece_bytes):
+    with pytest.raises(PayloadError, match="values that are not finite"):
+        taken(tmp_path, elements, piece_bytes, bad)
+
+
+@pytest.mark.parametrize("elements", [SMALL, LARGE])
+def test_nothing_is_left_of_a_result_that_is_given_up(tmp_path, elements):
+    manifest, data = announced(elements)
+    intake = Intake(manifest, tmp_path)
+    intake.write(data[:1000])
+    intake.discard()
+    intake.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_earlier_run_left_is_cleared(tmp_path):
+    taken(tmp_path, LARGE, 1 << 18)
+    assert list(tmp_path.iterdir())
+    clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []

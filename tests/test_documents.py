@@ -1,0 +1,217 @@
+"""The documents agree with the code: commands, tables, drawings and examples."""
+
+import importlib
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import typer
+from prometheus_client import CollectorRegistry
+from torch import Tensor
+
+import certs.cli
+import coordinator.cli
+import fedrt.ctl
+import silo.cli
+from coordinator.config import load_coordinator_config
+from fedrt import payload, transport, wire
+from fedrt.aggregation import ServerState, Update
+from fedrt.errors import ExitCode, FailureReason
+from fedrt.experiment_file import load_experiment
+from fedrt.method import ModelDims, hyperparameters_json, parse_hyperparameters
+from fedrt.metrics import CoordinatorMetrics, SiloMetrics
+from fedrt.session import connection, frames
+from fedrt.task import RefusalReason, Verdict
+from fedrt.tensors import initial_tensors
+from silo.config import load_silo_config
+from silo.method import Batch, ImageFeatures
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+COMMANDS = {
+    "fedrt-coordinator": coordinator.cli.app,
+    "fedrt-silo": silo.cli.app,
+    "fedrt-certs": certs.cli.app,
+    "fedrtctl": fedrt.ctl.app,
+}
+
+
+def chapter(path: Path, heading: str) -> str:
+    found = re.search(rf"^## {re.escape(heading)}$(.*?)(?=^## |\Z)", path.read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None, f"{path.name} has no chapter {heading!r}"
+    return found[1]
+
+
+def rows(text: str) -> Iterator[list[str]]:
+    """The cells of the tables of a text, without headings."""
+    for line in re.findall(r"^\|(.+)\|$", text, re.MULTILINE):
+        cells = [cell.strip() for cell in line.split("|")]
+        if set(line) - set("|- "):
+            yield cells
+
+
+def documents() -> list[Path]:
+    return sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")])
+
+
+# ---- commands
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_every_command_that_a_document_names_exists(path: Path) -> None:
+    text = path.read_text()
+    code = "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", text, re.MULTILINE | re.DOTALL))
+    for program, app in COMMANDS.items():
+        known = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+        used = set(re.findall(rf"(?<![\w/-]){program} ([a-z][a-z-]*)", code))
+        assert used <= known, program
+
+
+# ---- README
+
+
+@pytest.fixture
+def quick_start(tmp_path: Path) -> Path:
+    """The files that the README's commands write."""
+    written = re.findall(r"^cat > (\S+) <<'?END'?\n(.*?)^END$", (ROOT / "README.md").read_text(), re.M | re.S)
+    for name, text in written:
+        (tmp_path / name).write_text(re.sub(r"\$\(.*?\)", "0" * 64, text))
+    assert {name for name, _ in written} == {"coordinator.yaml", "north.yaml", "experiment.yaml"}
+    return tmp_path
+
+
+def test_the_files_of_the_readme_are_valid(quick_start: Path) -> None:
+    daemon = load_coordinator_config(quick_start / "coordinator.yaml")
+    site = load_silo_config(quick_start / "north.yaml")
+    _, spec = load_experiment(quick_start / "experiment.yaml")
+    assert site.coordinator.session_address.rpartition(":")[2] == daemon.listen.session.rpartition(":")[2]
+    assert daemon.admin_socket.relative_to(quick_start) == Path("state/coordinator/admin.sock")
+    assert spec.local.model.architecture == site.model.architecture
+    assert spec.rounds.silos == ("north", "south")
+
+
+def test_the_classes_of_the_readme_are_those_of_its_images(quick_start: Path) -> None:
+    from silo.embedded.datasets import digit_class_names
+
+    _, spec = load_experiment(quick_start / "experiment.yaml")
+    assert spec.local.classes == digit_class_names()
+
+
+# ---- protocol
+
+
+def test_the_table_of_legal_frames_is_that_of_the_code() -> None:
+    table = chapter(DOCS / "protocol.md", "Which frame is legal when")
+    documented = {(row[0], row[1]): row[2] for row in rows(table) if row[0] != "speaker"}
+    spoken = {
+        (role.value, phase.value): ", ".join(f"`{kind.__name__}`" for kind in sorted(kinds, key=lambda k: k.__name__))
+        for (role, phase), kinds in connection._SPOKEN.items()
+    }
+    assert documented == spoken
+
+
+def test_every_frame_is_explained() -> None:
+    documented = {row[0].strip("`") for row in rows(chapter(DOCS / "protocol.md", "Frames"))} - {"frame"}
+    assert documented == {kind.__name__ for kinds in connection._SPOKEN.values() for kind in kinds}
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    documented = {row[0]: row[1] for row in rows(chapter(DOCS / "protocol.md", "Payloads"))}
+    assert documented == {
+        "limit": "value",
+        "bytes of a chunk": str(payload.CHUNK_BYTES),
+        "bytes of a gRPC message": str(transport.MAX_MESSAGE_BYTES),
+        "open payloads of one speaker": str(connection.MAX_OPEN_PAYLOADS),
+        "tensors of a payload": str(payload.MAX_TENSORS),
+        "metrics of a result": str(wire.MAX_METRICS),
+        "characters of an id": str(frames.MAX_ID_LENGTH),
+        "characters of a text": str(frames.MAX_TEXT_LENGTH),
+        "items of a list": str(frames.MAX_LIST_LENGTH),
+        "frames a peer may leave unread": str(transport.MAX_POSTED_FRAMES),
+    }
+
+
+def test_verdicts_refusals_and_failures_are_complete() -> None:
+    verdicts = [row[0].strip("`") for row in rows(chapter(DOCS / "protocol.md", "Verdicts"))][1:]
+    assert set(verdicts) == {verdict.value for verdict in Verdict}
+    named = set(re.findall(r"`(\w+)`", chapter(DOCS / "protocol.md", "Refusals and failures")))
+    assert named == {reason.value for kind in (RefusalReason, FailureReason) for reason in kind}
+
+
+# ---- operations
+
+
+def test_the_metrics_are_those_of_the_code() -> None:
+    registry = CollectorRegistry()
+    CoordinatorMetrics(registry)
+    SiloMetrics(registry)
+    declared = [
+        [f"`{metric.name}`", metric.type, ", ".join(collector._labelnames), metric.documentation]
+        for collector in registry._collector_to_names
+        for metric in collector.describe()
+    ]
+    documented = [row[:4] for row in rows(chapter(DOCS / "operations.md", "Metrics"))][1:]
+    assert documented == declared
+
+
+def test_the_exit_codes_are_those_of_the_code() -> None:
+    table = rows(chapter(DOCS / "operations.md", "Starting and stopping"))
+    documented = {int(row[0]): row[1] for row in table if row[0].isdigit()}
+    assert documented == {code.value: code.name.lower() for code in ExitCode}
+
+
+# ---- architecture
+
+
+def drawings() -> list[tuple[str, str, str]]:
+    pattern = re.compile(r"^<!-- drawing: (\S+) -->\n```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [(path.name, *found) for path in documents() for found in pattern.findall(path.read_text())]
+
+
+@pytest.mark.parametrize(("document", "module", "drawing"), drawings())
+def test_a_drawing_is_that_of_the_module(document: str, module: str, drawing: str) -> None:
+    said = importlib.import_module(module).__doc__ or ""
+    assert textwrap.indent(drawing.rstrip(), "    ") in said, document
+
+
+# ---- methods
+
+
+class Tower:
+    """A text tower of three classes in four dimensions."""
+
+    logit_scale = torch.tensor(10.0)
+
+    def encode(self, context: Tensor) -> Tensor:
+        raise AssertionError("the example uses no context")
+
+    def handcrafted(self) -> Tensor:
+        return torch.eye(3, 4)
+
+
+def test_the_example_of_a_method_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    declaration, local = re.findall(r"^```python\n(.*?)^```$", (DOCS / "methods.md").read_text(), re.M | re.S)
+    for name, source in (("classbias", ""), ("classbias.declaration", declaration), ("classbias.local", local)):
+        module = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        exec(compile(source, name, "exec"), module.__dict__)
+    method = parse_hyperparameters(sys.modules["classbias.declaration"].ClassBias, {"scale": 5.0})
+    assert hyperparameters_json(method) == '{"scale":5.0}'
+    specs = method.tensors(ModelDims(context_dim=6, feature_dim=4, class_count=3))
+    shared = initial_tensors(specs, seed=1)
+    delta = {"bias": np.array([1, 2, 3], np.float32)}
+    assert (method.aggregate(ServerState(shared), [Update("a", delta, 4)]).shared["bias"] == [1, 2, 3]).all()
+
+    built = sys.modules["classbias.local"].build(method, Tower())
+    bias = torch.zeros(3, requires_grad=True)
+    batch = Batch(ImageFeatures(torch.eye(2, 4), None), torch.tensor([0, 1]))
+    assert built.logits({"bias": bias}, batch.images).shape == (2, 3)
+    built.loss({"bias": bias}, {}, batch).backward()
+    assert bias.grad is not None
+    assert bias.grad.abs().sum() > 0

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Awaitable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +13,10 @@ import fedrt
 from coordinator.config import CoordinatorConfig, load_coordinator_config
 from fedrt.certificates import Expectation
 from fedrt.config import effective_yaml, json_schema
-from fedrt.daemon import report, run_daemon
+from fedrt.daemon import Lifecycle, report, run_daemon
 from fedrt.errors import FedrtError
 from fedrt.identity import Role
+from fedrt.log import reload_level
 from fedrt.tls import IdentityFiles, load_identity
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The coordinator of a fedrt federation.")
@@ -23,14 +25,18 @@ Config = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's 
 
 @app.command()
 def run(config: Config) -> None:
-    """Run the coordinator until SIGTERM or Ctrl-C; a second one stops it at once."""
+    """Run until SIGTERM or Ctrl-C; a second one stops at once. SIGHUP takes the log level from the file again."""
     from coordinator.app import serve  # noqa: PLC0415  # the other commands need neither grpc nor a database
+
+    def start(lifecycle: Lifecycle) -> Awaitable[None]:
+        lifecycle.reload.append(lambda: reload_level(lambda: load_coordinator_config(config).log.level))
+        return serve(loaded, lifecycle)
 
     try:
         loaded = load_coordinator_config(config)
     except FedrtError as error:
         raise typer.Exit(report(error)) from None
-    raise typer.Exit(run_daemon(lambda lifecycle: serve(loaded, lifecycle)))
+    raise typer.Exit(run_daemon(start))
 
 
 @app.command()

@@ -7,6 +7,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -86,6 +87,7 @@ class Orchestrator:
             if experiment.round is not None:
                 self._collect(active, rounds.resume(experiment.round))
             self._log.info("experiment resumed", experiment=experiment.experiment_id, state=experiment.state.value)
+        self._count_experiments()
         self._perform()
 
     async def run(self) -> None:
@@ -139,11 +141,17 @@ class Orchestrator:
                 await asyncio.sleep(RETRY_COMMIT_DELAY)
         for experiment_id in self.active.drop_ended():
             self._actions.abandon(experiment_id)
+        self._count_experiments()
         self._perform()
         changes, self._changes = self._changes, Changes()  # what is durable need not stay in memory
         if changes.events:
             self.bell.set()
             self.bell = asyncio.Event()
+
+    def _count_experiments(self) -> None:
+        states = Counter(active.experiment.state for active in self.active.by_name.values())
+        for state in (ExperimentState.PENDING, ExperimentState.RUNNING):
+            self._metrics.experiments.labels(state.value).set(states[state])
 
     def _perform(self) -> None:
         due, self._due = self._due, []

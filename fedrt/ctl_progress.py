@@ -30,10 +30,9 @@ class Plan:
     @property
     def evaluations(self) -> frozenset[int]:
         """The rounds after which the silos evaluate; 0 is before the first."""
-        due = {
-            n for n in range(1, self.round_count + 1) if n == self.round_count or (self.every and n % self.every == 0)
-        }
-        return frozenset(due | {0} if self.every or not self.round_count else due)
+        step = self.every or max(1, self.round_count)
+        due = {*range(step, self.round_count + 1, step), self.round_count}
+        return frozenset(due | {0} if self.every else due)
 
 
 @dataclass(frozen=True)
@@ -142,13 +141,13 @@ class WatchState:
         """What a silo does, in a few words."""
         standing = self.silos.get(silo)
         if standing is None:
-            return "never seen"
+            return "not seen"
+        if any(not task.startswith(f"{self.plan.experiment_id}/") for task in standing.tasks):
+            return "other work"
         if self.has_ended:
-            return "idle" if not standing.tasks else "works for another experiment"
-        if any(task.startswith(f"{self.plan.experiment_id}/") for task in standing.tasks):
-            return _WORK[self.kind] if standing.connected else f"{_WORK[self.kind]}, offline"
+            return "idle"
         if standing.tasks:
-            return "works for another experiment"
+            return _WORK[self.kind]
         return "stopping" if standing.draining else "waits"
 
     def time_left(self, now: float) -> float | None:

@@ -9,7 +9,7 @@ PEM form nothing.
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date, timedelta
 from enum import Enum
 from numbers import Real
@@ -20,6 +20,7 @@ import structlog
 from structlog.typing import EventDict, Processor
 
 from fedrt.config import LogFormat, LogLevel
+from fedrt.errors import FedrtError
 
 REDACTED = "[redacted]"
 # fmt: off
@@ -71,6 +72,15 @@ def configure_logging(level: LogLevel, log_format: LogFormat, stream: TextIO | N
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     set_level(level)
+
+
+def reload_level(read: Callable[[], LogLevel]) -> None:
+    """Set the level that the operator's file says now; a file that is wrong is logged and changes nothing."""
+    log = structlog.get_logger("log")
+    try:
+        set_level(read())
+    except FedrtError as error:
+        log.error("the log level stays as it was", reason=str(error))
 
 
 def set_level(level: LogLevel) -> None:

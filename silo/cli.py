@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -15,10 +15,10 @@ import typer
 import fedrt
 from fedrt.certificates import Expectation
 from fedrt.config import effective_yaml, json_schema
-from fedrt.daemon import report, run_daemon
+from fedrt.daemon import Lifecycle, report, run_daemon
 from fedrt.errors import FedrtError
 from fedrt.identity import Role
-from fedrt.log import configure_logging
+from fedrt.log import configure_logging, reload_level
 from fedrt.tls import IdentityFiles, load_identity
 from silo.config import SiloConfig, check_files, data_source, load_silo_config, model_source
 from silo.work import WorkerReport
@@ -31,11 +31,16 @@ Config = Annotated[Path, typer.Option("--config", "-c", help="The silo's YAML fi
 
 @app.command()
 def run(config: Config) -> None:
-    """Run the silo until SIGTERM or Ctrl-C; a second one stops it at once."""
+    """Run until SIGTERM or Ctrl-C; a second one stops at once. SIGHUP takes the log level from the file again."""
     from silo.app import serve  # noqa: PLC0415  # the other commands do not need grpc
 
     loaded = _or_exit(lambda: load_silo_config(config))
-    raise typer.Exit(run_daemon(lambda lifecycle: serve(loaded, lifecycle)))
+
+    def start(lifecycle: Lifecycle) -> Awaitable[None]:
+        lifecycle.reload.append(lambda: reload_level(lambda: load_silo_config(config).log.level))
+        return serve(loaded, lifecycle)
+
+    raise typer.Exit(run_daemon(start))
 
 
 @app.command()

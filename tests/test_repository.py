@@ -19,7 +19,7 @@ WITHOUT_TORCH = ("coordinator", "fedrt", "certs")
 MAX_DECISION_LINES = 40
 # Homes and checkouts of particular machines, and hosts that serve packages: they differ from place to place.
 LOCAL = re.compile(
-    r"(?<![\w.])/(?:root|home|Users|work|mnt|workspace)/\w{2}"
+    r"(?<![\w.])/(?:root|home(?!/ada)|Users|work|mnt|workspace)/\w"
     r"|\b(?:pypi\.org|pythonhosted\.org|npmjs\.(?:org|com)|download\.pytorch\.org|docker\.io|ghcr\.io|quay\.io)\b"
     r"|--(?:extra-)?index-url|--registry|PIP_INDEX_URL",
 )

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from silo.embedded.glyphs import digit_class_name
-from silo.embedded.scanners import scan
+from silo.embedded.scanners import UNSEEN_SCANNERS, scan
 from silo.embedded.world import DIGITS, HELD_OUT_PAIRS, RESOLUTION, SEEN_PAIRS, Pair, draw_scenes, scenes_of
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
 WORLD_PAIRS: tuple[Pair, ...] = (*HELD_OUT_PAIRS, *SEEN_PAIRS[::4])
-WORLD_SCANNERS: tuple[str, ...] = ("dark", "noisy", "blurred")
+WORLD_SCANNERS: tuple[str, ...] = UNSEEN_SCANNERS
 DIGIT_SCANNERS: tuple[str, ...] = ("clean", "inverted", "blurred")
 CONCENTRATION = 1.0
 DIGIT_TEST_SHARE = 0.4
@@ -112,7 +112,7 @@ def write_world_folder(root: Path, scanner: str, counts: Mapping[Pair, int], spl
 def write_digits_folder(root: Path, scanner: str, indices: Sequence[int] | IntArray, split: Split, seed: int) -> None:
     """Write the handwritten digits at `indices` through the scanner, below `root/<split>/<class name>/`.
 
-    `scanner` is "inverted" or one of `silo.embedded.scanners.SCANNERS`.
+    `scanner` is "inverted" or one of the scanners of `silo.embedded.scanners`.
     """
     images, labels = handwritten_digits()
     rng = np.random.default_rng([seed, list(Split).index(split), *scanner.encode()])

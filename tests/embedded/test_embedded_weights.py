@@ -14,23 +14,26 @@ from silo.embedded.batches import sample_batch
 from silo.embedded.datasets import digit_class_names, handwritten_digits
 from silo.embedded.evaluation import class_features, read_package, sample_images, zero_shot
 from silo.embedded.pretrain import Settings, contrastive_loss, train, write_package
-from silo.embedded.scanners import SCANNERS
+from silo.embedded.scanners import SCANNERS, UNSEEN_SCANNERS
 from silo.embedded.tokens import compact_vocabulary
 from silo.embedded.towers import encode_captions, encode_text, model_config
 from silo.embedded.world import ALL_PAIRS, HELD_OUT_PAIRS, SEEN_PAIRS
 
 PACKAGE_LIMIT_BYTES = 5 * 1024 * 1024
-CLASS_TOKEN_FLOORS = {
-    "clean": 0.3,
-    "line drawing": 0.3,
-    "dark": 0.3,
-    "washed out": 0.3,
-    "noisy": 0.3,
-    "blurred": 0.3,
+# Measured accuracies (docs/benchmarks.md) less about 0.15, for these samples are small; chance is 0.0125, digits 0.1.
+SEEN_FLOORS = {
+    "clean": 0.75,
+    "line drawing": 0.73,
+    "dark": 0.71,
+    "washed out": 0.72,
+    "noisy": 0.54,
+    "blurred": 0.72,
+    "tinted": 0.28,
+    "coarse": 0.27,
+    "interlaced": 0.27,
 }
-MEAN_PATCH_FLOOR = 0.2
-HELD_OUT_FLOOR = 0.15
-DIGITS_FLOOR = 0.35
+HELD_OUT_FLOOR = 0.16
+DIGITS_FLOOR = 0.6
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +65,16 @@ def test_the_weights_are_half_precision_and_fit_open_clip() -> None:
     assert config == model_config(len(compact_vocabulary().kept))
 
 
-@pytest.mark.parametrize("scanner", SCANNERS)
+@pytest.mark.parametrize("scanner", [*SCANNERS, *UNSEEN_SCANNERS])
 def test_zero_shot_is_well_above_chance(shipped: tuple, world_text: torch.Tensor, scanner: str) -> None:
     images, labels = sample_images(SEEN_PAIRS, scanner, 5, np.random.default_rng(11))
     accuracies = zero_shot(shipped[0], world_text, images, labels)
     assert accuracies.image_count == 320
-    assert accuracies.class_token > CLASS_TOKEN_FLOORS[scanner]
-    assert accuracies.mean_patch > MEAN_PATCH_FLOOR
+    assert accuracies.class_token > SEEN_FLOORS[scanner]
+    assert accuracies.mean_patch > SEEN_FLOORS[scanner]
 
 
-@pytest.mark.parametrize("scanner", SCANNERS)
+@pytest.mark.parametrize("scanner", [*SCANNERS, *UNSEEN_SCANNERS])
 def test_held_out_pairs_are_recognised_above_chance(shipped: tuple, world_text: torch.Tensor, scanner: str) -> None:
     images, labels = sample_images(HELD_OUT_PAIRS, scanner, 20, np.random.default_rng(12))
     assert zero_shot(shipped[0], world_text, images, labels).class_token > HELD_OUT_FLOOR
@@ -104,10 +107,11 @@ def test_the_loss_of_two_orthogonal_pairs_by_hand() -> None:
 
 
 def test_pretraining_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "sample_batch", lambda rng: sample_batch(rng, size=24, digit_count=8))
     whole, vocabulary = train(Settings(2, 0, None))
     settings = Settings(2, 0, tmp_path / "run.pt", checkpoint_interval=1)
     with monkeypatch.context() as patch:
-        batches = iter([sample_batch(np.random.default_rng([0, 0]))])
+        batches = iter([sample_batch(np.random.default_rng([0, 0]), size=24, digit_count=8)])
         patch.setattr(pretrain, "sample_batch", lambda rng: next(batches))
         with pytest.raises(StopIteration):
             train(settings)

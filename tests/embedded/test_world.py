@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from silo.embedded.glyphs import digit_class_name, draw_glyphs, sample_glyphs
-from silo.embedded.scanners import SCANNERS, scan
+from silo.embedded.scanners import SCANNERS, UNSEEN_SCANNERS, scan
 from silo.embedded.world import (
     ABSENT,
     ALL_PAIRS,
@@ -83,7 +83,7 @@ def test_a_circle_covers_the_area_of_a_circle() -> None:
     assert area == pytest.approx(np.pi * (0.9 * scenes.size[flat]) ** 2, rel=0.1)
 
 
-@pytest.mark.parametrize("scanner", SCANNERS)
+@pytest.mark.parametrize("scanner", [*SCANNERS, *UNSEEN_SCANNERS])
 def test_scanners_change_images_but_neither_shape_nor_range(scanner: str) -> None:
     images = scenes_and_glyphs(0)
     first = scan(images, scanner, np.random.default_rng(1))
@@ -94,6 +94,11 @@ def test_scanners_change_images_but_neither_shape_nor_range(scanner: str) -> Non
     assert first.tobytes() == scan(images, scanner, np.random.default_rng(1)).tobytes()
     changed = np.abs(first - images).mean(axis=(1, 2, 3))
     assert (changed == 0).all() if scanner == "clean" else (changed > 0.004).all()
+
+
+@pytest.mark.parametrize("scanner", [*SCANNERS, *UNSEEN_SCANNERS])
+def test_scanners_accept_an_empty_batch(scanner: str) -> None:
+    assert scan(np.zeros((0, 32, 32, 3), dtype=np.float32), scanner, np.random.default_rng(0)).shape == (0, 32, 32, 3)
 
 
 def test_an_unknown_scanner_is_an_error() -> None:

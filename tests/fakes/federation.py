@@ -15,11 +15,12 @@ from certs.throwaway import Plan, prepare
 from coordinator import app as coordinator_app
 from coordinator.config import CoordinatorConfig, load_coordinator_config
 from fedrt.daemon import Lifecycle
+from fedrt.payload import unpack
 from fedrt.log import configure_logging
 from fedrt.spec import EvaluationSpec, ExperimentSpec, LocalSpec, ModelSpec, RoundsSpec, TrainingSpec
 from fedrt.v1 import admin_service_pb2 as pb
 from fedrt.v1 import admin_service_pb2_grpc, experiment_pb2
-from fedrt.wire_values import experiment_spec_to_pb
+from fedrt.wire_values import experiment_spec_to_pb, manifest_from_pb
 from silo import app as silo_app
 from silo.config import SiloConfig, load_silo_config
 from silo.work import Worker
@@ -157,7 +158,8 @@ class Federation:
 
     @contextlib.asynccontextmanager
     async def admin(self) -> AsyncIterator["admin_service_pb2_grpc.AdminServiceAsyncStub"]:
-        async with grpc.aio.insecure_channel(f"unix:{self.directory}/admin.sock") as channel:
+        soon = [("grpc.initial_reconnect_backoff_ms", 20), ("grpc.max_reconnect_backoff_ms", 50)]  # it may yet start
+        async with grpc.aio.insecure_channel(f"unix:{self.directory}/admin.sock", soon) as channel:
             await asyncio.wait_for(channel.channel_ready(), 10)
             yield admin_service_pb2_grpc.AdminServiceStub(channel)  # type: ignore[misc]
 

@@ -1,6 +1,7 @@
 """A silo written by hand: it speaks protobuf on a real mTLS stream and need not keep to any rule."""
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from fedrt.v1 import tensor_pb2 as tensor_pb
 
 METHOD = "/fedrt.v1.SessionService/OpenSession"
 LIMIT = 10.0  # seconds that anything may take
+SOON = (("grpc.initial_reconnect_backoff_ms", 20), ("grpc.max_reconnect_backoff_ms", 50))  # it may yet start
 FLOAT32 = tensor_pb.ELEMENT_TYPE_FLOAT32
 RUNNING, FINISHED = session_pb.HeldTask.STATE_RUNNING, session_pb.HeldTask.STATE_FINISHED
 
@@ -58,12 +60,17 @@ class RawSilo:
     port: int
     identity: Path
     certified: grpc.ChannelCredentials | None = None
+    is_welcome: bool = True  # whether the handshake is expected to succeed, at the latest in a moment
     frames: asyncio.Queue[session_pb.OpenSessionResponse | None] = field(default_factory=asyncio.Queue)
+    kept: list[session_pb.OpenSessionResponse] = field(default_factory=list)
+    listens: asyncio.Event = field(default_factory=asyncio.Event)  # clear it, and what arrives stays in the pipe
 
     async def __aenter__(self) -> "RawSilo":
         self.channel = grpc.aio.secure_channel(
-            f"localhost:{self.port}", self.certified or credentials(self.identity), GRPC_OPTIONS
+            f"localhost:{self.port}", self.certified or credentials(self.identity), [*GRPC_OPTIONS, *SOON]
         )
+        if self.is_welcome:
+            await asyncio.wait_for(self.channel.channel_ready(), LIMIT)
         self.call = self.channel.stream_stream(
             METHOD,
             request_serializer=lambda message: message if isinstance(message, bytes) else message.SerializeToString(),
@@ -79,17 +86,15 @@ class RawSilo:
         await self.channel.close()
 
     async def _read(self) -> None:
+        self.listens.set()
         try:
             while (message := await self.call.read()) is not grpc.aio.EOF:
+                await self.listens.wait()
                 if message.WhichOneof("frame") != "heartbeat":
                     self.frames.put_nowait(message)
         except grpc.aio.AioRpcError:
             pass
         self.frames.put_nowait(None)
-
-    def stop_reading(self) -> None:
-        """From now on everything the coordinator says stays in the pipe."""
-        self.reader.cancel()
 
     # ---- speaking
 
@@ -97,7 +102,9 @@ class RawSilo:
         await self.write(session_pb.OpenSessionRequest(**frame))
 
     async def write(self, message: session_pb.OpenSessionRequest | bytes) -> None:
-        await asyncio.wait_for(self.call.write(message), LIMIT)
+        """Nothing happens if the session has ended meanwhile; `status` says why."""
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await asyncio.wait_for(self.call.write(message), LIMIT)
 
     async def hello(self, held: Mapping[str, int] = {}) -> session_pb.Welcome:
         tasks = [session_pb.HeldTask(task_id=task_id, state=state) for task_id, state in held.items()]
@@ -125,15 +132,19 @@ class RawSilo:
     # ---- listening
 
     async def next(self, kind: str) -> Any:
-        """The next frame, which must be of this kind; an offer is passed over while waiting for another kind."""
+        """The next frame of this kind; others that came before it are kept for later."""
+        for message in self.kept:
+            if message.WhichOneof("frame") == kind:
+                self.kept.remove(message)
+                return getattr(message, kind)
         async with asyncio.timeout(LIMIT):
             while True:
                 message = await self.frames.get()
                 if message is None:
                     raise AssertionError(f"the session ended ({await self.status()}) while waiting for {kind}")
-                field = message.WhichOneof("frame")
-                if field == kind:
-                    return getattr(message, field)
+                if message.WhichOneof("frame") == kind:
+                    return getattr(message, kind)
+                self.kept.append(message)
 
     async def status(self) -> tuple[grpc.StatusCode, str]:
         """How the coordinator ended the session."""

@@ -1,7 +1,7 @@
 """Workers that need no CLIP: they answer at once, or as a test tells them."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,21 @@ def add_one(order: WorkOrder) -> WorkOutcome:
     if order.kind is TaskKind.TRAIN:
         shared = {spec.name: np.ones(spec.shape, np.float32) for spec in of_scope(order.local.tensors(), Scope.SHARED)}
     return WorkOutcome(shared, {}, 10, {"accuracy": 0.5, "loss": 1.0}, 0.0)
+
+
+def giving(
+    delta: float, examples: int = 10, metrics: Mapping[str, float] | None = None
+) -> Callable[[WorkOrder], WorkOutcome]:
+    """A delta (TRAIN) or a value (INITIALIZE) that is the same everywhere."""
+
+    def behave(order: WorkOrder) -> WorkOutcome:
+        shared = {}
+        if order.kind is not TaskKind.EVALUATE:
+            specs = of_scope(order.local.tensors(), Scope.SHARED)
+            shared = {spec.name: np.full(spec.shape, delta, np.float32) for spec in specs}
+        return WorkOutcome(shared, {}, examples, metrics or {}, 1.5)
+
+    return behave
 
 
 @dataclass

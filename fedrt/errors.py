@@ -10,6 +10,9 @@ FedrtError                    anything an operator may read; the message names t
 │   ├── LocalProtocolError    we tried to send an illegal frame: a bug of ours
 │   └── RemoteProtocolError   the peer sent an illegal frame
 ├── StorageError              the disk refused, or what it holds is damaged
+├── SilenceError              the peer has not been heard for too long (fedrt.transport)
+├── UnreachableError          an operator's command cannot reach the coordinator (fedrt.admin_client, exit 75)
+├── RequestError              the coordinator turned an operator's request down (fedrt.admin_client)
 └── WorkError                 local work failed; `reason` is what the coordinator is told
 
 Programming errors are ordinary `ValueError`, `TypeError` and `AssertionError`, and are not caught.

@@ -128,7 +128,7 @@ class FeatureCache:
 
 
 class ExperimentData:
-    """A silo's examples with labels as one experiment counts them. Issue 4 puts a store on disk behind this."""
+    """A silo's examples with labels as one experiment counts them."""
 
     def __init__(self, cache: FeatureCache, indices: Mapping[str, int], on_images: OnImages) -> None:
         self._cache = cache

@@ -39,13 +39,14 @@ class Course:
         self._layout = layout
         self._recipe = recipe
         self._console = console
-        self._socket = layout.root
+        self._sockets = layout.sockets()
+        self._socket = layout.admin_socket(self._sockets)
         self._seconds: dict[str, float] = {}
 
     async def run(self, on_processes: Callable[[Processes], None]) -> Outcome:
         """Do everything; `on_processes` is told what can be killed. Raises `DemoError` and other `FedrtError`."""
         began = time.monotonic()
-        async with Processes(self._layout.logs) as processes:
+        async with Processes(self._layout.logs, self._sockets) as processes:
             on_processes(processes)
             data = await processes.guarding(self._set_up(processes))
             self._seconds["set_up"] = time.monotonic() - began
@@ -77,7 +78,6 @@ class Course:
                 script("fedrt-certs"), "dev", "--directory", str(layout.certs), "--federation", FEDERATION,
                 "--operator", OPERATOR, *silos,
             )  # fmt: skip
-        self._socket = layout.socket(processes.sockets)
         port = free_port()
         write_daemon_files(layout, port, self._socket)
         write_experiment_files(layout, recipe, embedded_paths().weights_path)
@@ -108,7 +108,7 @@ class Course:
         path = self._layout.yaml(name)
         await processes.call(script("fedrtctl"), "--socket", str(self._socket), "create", str(path))
         self._console.print(
-            f" [dim]$[/] fedrtctl --socket {_short(self._socket)} create {_short(path)} --watch", soft_wrap=True
+            f" [dim]$[/] fedrtctl --socket {_short(self._socket)} create {_short(path)}", soft_wrap=True
         )
         async with connect(LocalSocket(self._socket)) as client:
             if self._console.is_terminal:

@@ -1,5 +1,6 @@
 """Draws the curves of the demo: loss and accuracy on each hospital's test images over the rounds, as a PNG file."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,5 +48,5 @@ def _panel(axes: Any, outcome: Outcome, metric: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if metric == "accuracy":
-        axes.set_ylim(0, 1)
+        axes.set_ylim(math.floor(10 * axes.get_ylim()[0]) / 10, 1)
         axes.legend(frameon=False, fontsize=9, loc="lower right")

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import socket
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ KEPT = {MARKER, "lock", "certs"}  # of an earlier run; fedrt-certs keeps what is
 FEDERATION = "demo"
 OPERATOR = "operator"
 MAX_SOCKET_PATH_BYTES = 107
+LONGEST_SOCKET_NAME = "coordinator.notify"
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,15 @@ class Layout:
         """The silo's own record of what left it."""
         return self.root / "state" / silo / "departures.jsonl"
 
-    def socket(self, fallback: Path) -> Path:
-        """The coordinator's admin socket: here if the path is short enough for one, else in `fallback`."""
-        here = self.root / "admin.sock"
-        return here if len(str(here).encode()) <= MAX_SOCKET_PATH_BYTES else fallback / "admin.sock"
+    def sockets(self) -> Path:
+        """A directory for Unix sockets, whose paths must be short: here, or else a new temporary one."""
+        here = self.root / "sockets"
+        fits = len(str(here / LONGEST_SOCKET_NAME).encode()) <= MAX_SOCKET_PATH_BYTES
+        return here if fits else Path(tempfile.mkdtemp(prefix="fedrt-demo-"))
+
+    def admin_socket(self, sockets: Path) -> Path:
+        """Where fedrtctl connects to: right here, or with the other sockets if they must be elsewhere."""
+        return (self.root if sockets.is_relative_to(self.root) else sockets) / "admin.sock"
 
 
 def open_directory(root: Path) -> tuple[Layout, DirectoryLock]:
@@ -102,7 +109,7 @@ def open_directory(root: Path) -> tuple[Layout, DirectoryLock]:
 
 def write_daemon_files(layout: Layout, port: int, admin_socket: Path) -> None:
     """Write coordinator.yaml and a YAML file per silo."""
-    place = "admin.sock" if admin_socket.parent == layout.root else str(admin_socket)
+    place = admin_socket.relative_to(layout.root) if admin_socket.is_relative_to(layout.root) else admin_socket
     layout.yaml("coordinator").write_text(_COORDINATOR.format(port=port, socket=place, federation=FEDERATION))
     for silo in SILOS:
         layout.yaml(silo).write_text(_SILO.format(silo=silo, port=port, federation=FEDERATION))

@@ -8,10 +8,10 @@ systemd: through the socket named by NOTIFY_SOCKET.
 import asyncio
 import contextlib
 import os
+import shlex
 import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,15 +55,15 @@ class _Daemon:
 class Processes:
     """Used with `async with`; at its end no process is left."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, sockets: Path) -> None:
         self._logs = logs
+        self._sockets = sockets
         self._daemons: dict[str, _Daemon] = {}
         self._calls: set[asyncio.subprocess.Process] = set()
-        self.sockets = Path()  # where they are; their paths must be short
 
     async def __aenter__(self) -> "Processes":
-        self.sockets = Path(tempfile.mkdtemp(prefix="fedrt-demo-"))
         self._logs.mkdir(parents=True, exist_ok=True)
+        self._sockets.mkdir(mode=0o700, exist_ok=True)
         return self
 
     async def __aexit__(
@@ -76,12 +76,12 @@ class Processes:
             for daemon in self._daemons.values():
                 asyncio.get_running_loop().remove_reader(daemon.notices.fileno())
                 daemon.notices.close()
-            shutil.rmtree(self.sockets, ignore_errors=True)
+            shutil.rmtree(self._sockets, ignore_errors=True)
 
     async def start(self, name: str, *command: str) -> int:
         """Start a daemon's console script; returns its process id."""
         notices = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        path = self.sockets / f"{name}.notify"
+        path = self._sockets / f"{name}.notify"
         notices.bind(str(path))
         log_path = self._logs / f"{name}.log"
         with log_path.open("wb") as log:
@@ -115,9 +115,8 @@ class Processes:
             self._calls.discard(process)
         if process.returncode:
             words = complaint.decode(errors="replace").strip() or "it gave no reason"
-            raise DemoError(
-                f"`{Path(command[0]).name} {' '.join(command[1:3])}` failed ({process.returncode}): {words}"
-            )
+            called = shlex.join([Path(command[0]).name, *command[1:]])[:120]
+            raise DemoError(f"`{called}` failed with exit code {process.returncode}: {words}")
         return out.decode()
 
     async def guarding(self, work: Coroutine[Any, Any, _T]) -> _T:

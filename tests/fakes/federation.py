@@ -15,8 +15,8 @@ from certs.throwaway import Plan, prepare
 from coordinator import app as coordinator_app
 from coordinator.config import CoordinatorConfig, load_coordinator_config
 from fedrt.daemon import Lifecycle
-from fedrt.payload import unpack
 from fedrt.log import configure_logging
+from fedrt.payload import unpack
 from fedrt.spec import EvaluationSpec, ExperimentSpec, LocalSpec, ModelSpec, RoundsSpec, TrainingSpec
 from fedrt.v1 import admin_service_pb2 as pb
 from fedrt.v1 import admin_service_pb2_grpc, experiment_pb2

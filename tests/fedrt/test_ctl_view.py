@@ -245,5 +245,5 @@ def test_small_texts() -> None:
     assert spark([]) == ""
     assert spark([0.5, 0.5]) == "▁▁"
     assert spark([0.0, 0.5, 1.0]) == "▁▅█"
-    assert spark([number / 49 for number in range(50)]) == "▁▂▃▃▄▅▆▆▇█"
+    assert spark([number / 49 for number in range(50)]) == "▁▂▂▃▄▅▆▆▇█"
     assert printable("a\x1b[31m\nb") == "a?[31m?b"

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from fedrt.errors import ExitCode, IdentityError, StorageError
 from fedrt.session.frames import HeldState
 from fedrt.tensors import initial_tensors
 from fedrt.v1 import admin_service_pb2 as pb
+from fedrt.v1 import session_service_pb2 as session_pb
 from fedrt.v1 import task_pb2 as task_pb
 from silo.departures import Departures
 from silo.spool import Spool, Spooled
@@ -591,3 +593,29 @@ async def test_21_a_duplicate_of_a_finished_result_is_told_apart_from_an_unknown
         )
         await raw.work_honestly()  # the evaluation
     assert (await federation.finish("twice"))[0].state == State.STATE_SUCCEEDED
+
+
+async def test_22_a_stream_that_ends_while_the_silo_is_about_to_write_is_a_lost_session(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = grpc.aio._call.StreamStreamCall
+    write, dead = calls.write, ["once"]
+
+    async def write_late(call: Any, message: Any) -> None:
+        if dead and isinstance(message, session_pb.OpenSessionRequest) and message.HasField("task_result"):
+            dead.clear()
+            raise asyncio.InvalidStateError("RPC already finished.")  # as grpc.aio says it
+        await write(call, message)
+
+    monkeypatch.setattr(calls, "write", write_late)
+    federation.start_coordinator()
+    silo = federation.start_silo("north", FakeWorker(growing))
+    await federation.create("late", make_spec(ROUNDS, ("north",)))
+    finished = asyncio.create_task(assert_undisturbed(federation, "late"))
+    await asyncio.wait({finished, silo.task}, return_when=asyncio.FIRST_COMPLETED)
+    if silo.task.done():
+        finished.cancel()
+        federation.running.pop("north")
+        silo.task.result()
+    await finished
+    assert not dead

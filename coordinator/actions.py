@@ -6,21 +6,24 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import structlog
+
 from coordinator import experiments, rounds
 from coordinator.active import Active
-from coordinator.combining import combine, gather
+from coordinator.combining import Inputs, combine, gather
 from coordinator.experiments import Experiment
 from coordinator.inbox import AggregationFailed, Message, RoundAggregated
 from coordinator.presence import Presence
 from coordinator.records import Checkpoint, TaskRecord
 from coordinator.store import Store
-from fedrt.errors import FedrtError
+from fedrt.errors import DamageError, FedrtError, StorageError
 from fedrt.metrics import CoordinatorMetrics
 from fedrt.payload import Manifest
 from fedrt.task import Task, TaskKind
 
 _T = TypeVar("_T")
 Action = Callable[[], None]
+RETRY_READ_DELAY = 1.0  # seconds between attempts while the disk refuses
 
 
 class StoreThread:
@@ -54,6 +57,7 @@ class Actions:
         self._metrics = metrics
         self._submit = submit
         self._clock = clock
+        self._log = structlog.get_logger("coordinator")
         self._aggregations: dict[str, asyncio.Task[None]] = {}
 
     def action(self, active: Active, effect: rounds.RoundEffect, presence: Presence) -> Action:
@@ -126,12 +130,27 @@ class Actions:
     ) -> None:
         experiment_id = experiment.experiment_id
         try:
-            inputs = await self._thread.call(gather, self._store, tasks, *current)
+            inputs = await self._gather(tasks, current)
             shared, memory = await asyncio.to_thread(combine, experiment.spec, round_.kind, inputs)
-        except (FedrtError, ValueError, ArithmeticError) as error:
+        except FedrtError as error:
             self._submit(AggregationFailed(experiment_id, str(error)))
             return
+        except Exception as error:  # a method's server rule is a plugin: its bug fails the experiment, nothing else
+            self._log.exception("server rule failed", experiment=experiment_id)
+            self._submit(AggregationFailed(experiment_id, f"{type(error).__name__}: {error}"))
+            return
         self._submit(RoundAggregated(experiment_id, round_.number, round_.kind, round_.attempt, shared, memory))
+
+    async def _gather(self, tasks: list[TaskRecord], current: tuple[Checkpoint | None, memoryview | None]) -> Inputs:
+        """The results of a round, as soon as the disk gives them. Raises `DamageError` if it never will."""
+        while True:
+            try:
+                return await self._thread.call(gather, self._store, tasks, *current)
+            except DamageError:
+                raise
+            except StorageError as error:
+                self._log.error("a round waits for the disk", reason=str(error))
+                await asyncio.sleep(RETRY_READ_DELAY)
 
 
 def _cancel(silo_id: str, task_id: str, message: str, presence: Presence) -> None:

@@ -23,6 +23,8 @@ from fedrt.wire_values import chunk_to_pb, experiment_spec_from_pb, manifest_to_
 
 DEFAULT_PAGE, MAX_PAGE = 50, 1000
 EVENT_BATCH = 500
+MAX_EVENT_NUMBER = 2**63 - 1  # of a signed integer in the store
+MAX_TOKEN_DIGITS = 15
 
 
 class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
@@ -117,7 +119,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
 
     async def WatchEvents(self, request: pb.WatchEventsRequest, context: Any) -> AsyncIterator[pb.WatchEventsResponse]:
         """Stored events, then live ones, until the caller goes."""
-        after = request.after_event_number
+        after = min(request.after_event_number, MAX_EVENT_NUMBER)
         while True:
             bell = self._orchestrator.bell  # taken before looking, so that nothing stored meanwhile is missed
             events = await self._orchestrator.in_store(self._store.events, after, request.experiment_id, EVENT_BATCH)
@@ -138,7 +140,9 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
 
 
 async def _page(size: int, token: str, context: Any) -> tuple[int, int]:
-    if not 0 <= size <= MAX_PAGE or not ((token.isascii() and token.isdigit()) or not token):
+    if not 0 <= size <= MAX_PAGE or not (
+        (token.isascii() and token.isdigit() and len(token) <= MAX_TOKEN_DIGITS) or not token
+    ):
         message = f"page_size must be between 0 and {MAX_PAGE}, page_token that of the previous page"
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
     return size or DEFAULT_PAGE, int(token or 0)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from fedrt.errors import StorageError
-from fedrt.statefile import ensure_private_directory, move_durably, write_atomic
+from fedrt.errors import DamageError
+from fedrt.statefile import ensure_private_directory, move_durably, remove_unfinished, write_atomic
 
 INLINE_BYTES = 1 << 20  # up to here one commit of the database is cheaper than two synchronised files
 
@@ -47,6 +47,7 @@ class Blobs:
         self._directory = directory
         self._intact: set[str] = set()  # large blobs that this process has written or checked
         ensure_private_directory(directory)
+        remove_unfinished(directory)
 
     def put_large(self, blobs: Mapping[str, Blob]) -> None:
         """Make the large blobs durable before the transaction that names them. Raises `StorageError`."""
@@ -77,11 +78,11 @@ class Blobs:
         """The bytes; a large blob is mapped, not read. Raises `StorageError` if they are missing or damaged."""
         row = connection.execute(sa.select(blobs_table).where(blobs_table.c.sha256 == digest)).first()
         if row is None:
-            raise StorageError(f"blob {digest} is missing from the store; restore the state directory from a backup")
+            raise DamageError(f"blob {digest} is missing from the store; restore the state directory from a backup")
         data = memoryview(row.data) if row.data is not None else self._map(digest)
         damaged = digest not in self._intact and hashlib.sha256(data).hexdigest() != digest
         if damaged or len(data) != row.byte_count:
-            raise StorageError(f"blob {digest} is damaged; restore the state directory from a backup")
+            raise DamageError(f"blob {digest} is damaged; restore the state directory from a backup")
         if row.data is None:
             self._intact.add(digest)
         return data
@@ -91,7 +92,7 @@ class Blobs:
             with self._path(digest).open("rb") as file:
                 return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError) as error:
-            raise StorageError(
+            raise DamageError(
                 f"blob file '{self._path(digest)}' cannot be read ({error}); restore the state directory from a backup"
             ) from error
 

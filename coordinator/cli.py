@@ -13,11 +13,10 @@ import fedrt
 from coordinator.config import CoordinatorConfig, load_coordinator_config
 from fedrt.certificates import Expectation
 from fedrt.config import effective_yaml, json_schema
-from fedrt.daemon import Lifecycle, report, run_daemon
+from fedrt.daemon import Lifecycle, prepare_grpc, report, run_daemon
 from fedrt.errors import FedrtError
 from fedrt.identity import Role
 from fedrt.log import reload_level
-from fedrt.tls import IdentityFiles, load_identity
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The coordinator of a fedrt federation.")
 Config = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's YAML file.")]
@@ -26,6 +25,7 @@ Config = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's 
 @app.command()
 def run(config: Config) -> None:
     """Run until SIGTERM or Ctrl-C; a second one stops at once. SIGHUP takes the log level from the file again."""
+    prepare_grpc()
     from coordinator.app import serve  # noqa: PLC0415  # the other commands need neither grpc nor a database
 
     def start(lifecycle: Lifecycle) -> Awaitable[None]:
@@ -42,6 +42,8 @@ def run(config: Config) -> None:
 @app.command()
 def check_config(config: Config) -> None:
     """Check the YAML file and the certificate it names, and print the effective configuration."""
+    from fedrt.tls import IdentityFiles, load_identity  # noqa: PLC0415  # imports grpc
+
     try:
         loaded = load_coordinator_config(config)
         files = IdentityFiles(loaded.identity.directory)

@@ -7,7 +7,7 @@ from coordinator.inbox import PackedTensors
 from coordinator.records import Checkpoint, TaskRecord, TensorsRef
 from coordinator.store import Store
 from fedrt.aggregation import ServerState, Update
-from fedrt.errors import StorageError
+from fedrt.errors import DamageError
 from fedrt.payload import headers_of, pack, unpack
 from fedrt.spec import ExperimentSpec
 from fedrt.task import TaskKind
@@ -59,5 +59,5 @@ def combine(spec: ExperimentSpec, kind: TaskKind, inputs: Inputs) -> tuple[Packe
 
 def _tensors(store: Store, ref: TensorsRef | None) -> Tensors:
     if ref is None:
-        raise StorageError("a stored result has no tensors; restore the state directory from a backup")
+        raise DamageError("a stored result has no tensors; restore the state directory from a backup")
     return unpack(ref.headers, store.blob(ref))

@@ -16,11 +16,11 @@ import hashlib
 from dataclasses import dataclass, replace
 
 from coordinator import rounds
-from coordinator.rounds import Effects, Offer, Round, RoundEvent, RoundPhase, Withdrawn
+from coordinator.rounds import Ask, AskState, Effects, Offer, Round, RoundEvent, RoundPhase, Withdrawn
 from coordinator.selection import Population, Selection, Waiting, select
 from fedrt.spec import ExperimentSpec, OnTooFew
 from fedrt.task import TaskKind
-from fedrt.tensors import needs_clip
+from fedrt.tensors import Scope, needs_clip, of_scope
 
 
 class ExperimentState(enum.Enum):
@@ -40,11 +40,16 @@ class ExperimentState(enum.Enum):
 
 @dataclass(frozen=True)
 class Stage:
-    """What comes next: a round of this kind and number. `attempt` counts from 0."""
+    """What comes next: a round of this kind and number. `attempt` counts from 0.
+
+    `kept` are the results that an earlier attempt got: they count, and their silos are not asked again. So each silo
+    contributes once to a round, and its private tensors advance once.
+    """
 
     kind: TaskKind
     number: int
     attempt: int = 0
+    kept: tuple[Ask, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Experiment:
     create_time: float
     stage: Stage
     stage_time: float
+    shares: bool = True  # whether the method has shared tensors
     state: ExperimentState = ExperimentState.PENDING
     message: str = ""
     round: Round | None = None
@@ -88,13 +94,14 @@ ExperimentEffects = tuple[rounds.RoundEffect | CloseRound, ...]
 
 def create(experiment_id: str, spec: ExperimentSpec, schema_sha256: str, now: float) -> Experiment:
     """A new experiment, before its first stage. Raises `SpecError` if its method cannot be built."""
-    if needs_clip(spec.local.tensors()):
+    specs = spec.local.tensors()
+    if needs_clip(specs):
         first = Stage(TaskKind.INITIALIZE, 0)
     elif spec.evaluation.every or not spec.rounds.count:
         first = Stage(TaskKind.EVALUATE, 0)
     else:
         first = Stage(TaskKind.TRAIN, 1)
-    return Experiment(experiment_id, spec, schema_sha256, now, first, now)
+    return Experiment(experiment_id, spec, schema_sha256, now, first, now, bool(of_scope(specs, Scope.SHARED)))
 
 
 def next_stage(spec: ExperimentSpec, stage: Stage) -> Stage | None:
@@ -143,7 +150,7 @@ def offers_on_connect(experiment: Experiment, silo_id: str, held: frozenset[str]
     return tuple(
         Offer(silo_id, ask.task_id)
         for ask in experiment.round.asks
-        if ask.silo_id == silo_id and ask.state is rounds.AskState.OFFERED and ask.task_id not in held
+        if ask.silo_id == silo_id and ask.state is AskState.OFFERED and ask.task_id not in held
     )
 
 
@@ -167,23 +174,28 @@ def _begin_stage(experiment: Experiment, population: Population, now: float) -> 
     if experiment.round is not None:
         return experiment, ()
     spec, stage = experiment.spec, experiment.stage
+    kept = frozenset(ask.silo_id for ask in stage.kept)
+    there = Population(population.known, population.available | kept)  # a result that is here needs no connection
     draw = (spec.seed, stage.number, stage.attempt)
-    match select(spec.rounds, population, stage.kind, draw, now >= experiment.stage_time + spec.rounds.time_limit):
+    match select(spec.rounds, there, stage.kind, draw, now >= experiment.stage_time + spec.rounds.time_limit):
         case Waiting(message):
             return replace(experiment, message=message), ()
         case Selection(asked, needed, absent):
+            new = [name for name in asked if name not in kept][: len(asked) - len(kept)]
+            asks = tuple(Ask(name, task_id_of(experiment.experiment_id, stage, name)) for name in new)
             round_ = Round(
                 number=stage.number,
                 kind=stage.kind,
                 attempt=stage.attempt,
-                asks=tuple(rounds.Ask(name, task_id_of(experiment.experiment_id, stage, name)) for name in asked),
+                asks=(*stage.kept, *asks),
                 needed=needed,
                 begin_time=now,
                 deadline=now + spec.rounds.time_limit,
+                aggregates=stage.kind is not TaskKind.EVALUATE and experiment.shares,
                 absent=absent,
             )
             begun = replace(experiment, state=ExperimentState.RUNNING, message="", round=round_)
-            return begun, tuple(Offer(ask.silo_id, ask.task_id) for ask in round_.asks)
+            return begun, tuple(Offer(ask.silo_id, ask.task_id) for ask in asks)
 
 
 def _after_round(experiment: Experiment, population: Population, now: float) -> tuple[Experiment, ExperimentEffects]:
@@ -206,12 +218,15 @@ def _after_round(experiment: Experiment, population: Population, now: float) -> 
 
 
 def _stage_after_failure(experiment: Experiment, round_: Round) -> tuple[Stage | None, str]:
+    what = f"round {round_.number} ({round_.kind.value})"
+    if round_.message:  # not for want of results: another attempt would end in the same way
+        return None, f"{what}: {round_.message}"
     policy = experiment.spec.rounds
     if policy.on_too_few is OnTooFew.RETRY and round_.attempt < policy.retries:
-        return replace(experiment.stage, attempt=round_.attempt + 1), ""
-    returned = sum(ask.state is rounds.AskState.RETURNED for ask in round_.asks)
+        kept = tuple(ask for ask in round_.asks if ask.state is AskState.RETURNED)
+        return replace(experiment.stage, attempt=round_.attempt + 1, kept=kept), ""
+    returned = sum(ask.state is AskState.RETURNED for ask in round_.asks)
     reasons = "; ".join(f"{silo}: {why}" for silo, why in rounds.absentees(round_))
-    what = f"round {round_.number} ({round_.kind.value})"
     return None, f"{what} got {returned} of the {round_.needed} results it needs: {reasons}"
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
-from coordinator.blobs import Blob
+from coordinator.blobs import Blob, Landed
 from coordinator.experiments import Experiment
 from coordinator.presence import Session
 from coordinator.records import TensorsRef
@@ -57,6 +57,11 @@ class ResultArrived:
     silo_id: str
     result: Result
     tensors: ArrivedTensors | None
+
+    def discard(self) -> None:
+        """Remove the tensors if they lie in a file that nobody takes over."""
+        if self.tensors is not None and isinstance(self.tensors.blob, Landed):
+            self.tensors.blob.path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

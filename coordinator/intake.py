@@ -19,6 +19,8 @@ class Intake:
 
     def __init__(self, manifest: Manifest, directory: Path) -> None:
         self._byte_count = manifest.byte_count
+        self._headers = manifest.tensors
+        self._judged = 0  # bytes
         self._buffer = bytearray()
         self._tail = b""
         self._file: BinaryIO | None = None
@@ -57,8 +59,19 @@ class Intake:
         joined = self._tail + bytes(data) if self._tail else data
         whole = len(joined) // _ITEM * _ITEM
         self._tail = bytes(joined[whole:])
-        if not np.isfinite(np.frombuffer(joined, "<f4", whole // _ITEM)).all():
-            raise PayloadError("a tensor has values that are not finite")
+        finite = np.isfinite(np.frombuffer(joined, "<f4", whole // _ITEM))
+        if not finite.all():
+            name = self._tensor_at(self._judged + _ITEM * int(np.argmin(finite)))
+            raise PayloadError(f"tensor {name!r} has values that are not finite")
+        self._judged += whole
+
+    def _tensor_at(self, offset: int) -> str:
+        end = 0
+        for header in self._headers:
+            end += header.byte_count
+            if offset < end:
+                return header.name
+        raise ValueError(f"byte {offset} lies beyond the payload")
 
 
 def clear(directory: Path) -> None:

@@ -34,9 +34,9 @@ from coordinator.inbox import (
     TimePassed,
 )
 from coordinator.presence import Presence, Session
-from coordinator.records import Changes, Checkpoint, SiloChanged, SiloRecord, TaskRecord
+from coordinator.records import Changes, Checkpoint, RoundClosed, SiloChanged, SiloRecord, TaskRecord
 from coordinator.store import Store
-from fedrt.errors import SpecError, StorageError
+from fedrt.errors import ConfigurationError, DamageError, SpecError, StorageError
 from fedrt.metrics import CoordinatorMetrics
 from fedrt.session.frames import Hello
 from fedrt.task import Failure, Success, Verdict
@@ -80,8 +80,9 @@ class Orchestrator:
             try:
                 active = Active(experiment, experiment.spec.local.tensors())
             except SpecError as error:
-                self._log.error("experiment cannot be resumed", experiment=experiment.experiment_id, reason=str(error))
-                continue
+                raise ConfigurationError(
+                    f"experiment {experiment.experiment_id!r} cannot go on: {error}; install its method as before"
+                ) from error
             await self._load(active)
             self.active.adopt(active)
             if experiment.round is not None:
@@ -115,6 +116,8 @@ class Orchestrator:
             active.tasks = {task.task_id: task for task in known if experiment.round.ask(task.task_id)}
 
     async def _next_message(self) -> Message:
+        if self._clock() < self._ticked:
+            self._ticked = 0.0  # the clock was set back
         ticks = [experiments.next_tick(active.experiment) for active in self.active.by_name.values()]
         due = min((tick for tick in ticks if tick is not None and tick > self._ticked), default=None)
         timeout = None if due is None else max(0.0, due - self._clock())
@@ -128,13 +131,15 @@ class Orchestrator:
         while True:
             before = (self.active.copy(), self.presence.copy())
             self._changes, self._due = Changes(), []
-            for message in batch:
-                await self._apply(message)
             try:
+                for message in batch:
+                    await self._apply(message)
                 if self._changes:
                     with self._metrics.store_commit_duration.time():
                         await self.in_store(self._store.commit, self._changes)
                 break
+            except DamageError:
+                raise
             except StorageError as error:
                 self._log.error("nothing is acknowledged until the disk accepts writes", reason=str(error))
                 self.active, self.presence = before
@@ -174,7 +179,7 @@ class Orchestrator:
             case ResultInvalid(silo_id, task_id, text):
                 await self._result_invalid(silo_id, task_id, text)
             case OfferRefused(silo_id, task_id, reason, text):
-                self._metrics.tasks_refused.labels(reason.value).inc()
+                self._due.append(self._metrics.tasks_refused.labels(reason.value).inc)
                 active = self.active.waiting_for(silo_id, task_id)
                 if active is not None:
                     self._advance(active, rounds.Refused(task_id, reason, text))
@@ -205,7 +210,7 @@ class Orchestrator:
         if record is None:
             return
         self._changes.silos[record.silo_id] = record
-        self._changes.events.append(SiloChanged(record))
+        self._changes.events.append(SiloChanged(replace(record, methods=())))  # these are in the silo's own record
         self._log.info("silo", silo=record.silo_id, connected=record.connected, draining=record.draining)
         self._advance_all(SilosChanged())
 
@@ -213,6 +218,7 @@ class Orchestrator:
         task_id = message.result.task_id
         active = self.active.waiting_for(message.silo_id, task_id)
         if active is None:
+            self._due.append(message.discard)
             await self._settle_other(message.silo_id, task_id)
             return
         task = active.tasks[task_id]
@@ -227,7 +233,9 @@ class Orchestrator:
                     work_duration=work_duration,
                     tensors=message.tensors.ref if message.tensors else None,
                 )
-                if message.tensors:
+                if message.tensors and message.tensors.ref.sha256 in self._changes.blobs:
+                    self._due.append(message.discard)  # another silo sent the same bytes
+                elif message.tensors:
                     self._changes.blobs[message.tensors.ref.sha256] = message.tensors.blob
             case Failure(reason, text):
                 failed = f"failed ({reason.value}): {text}"
@@ -317,8 +325,7 @@ class Orchestrator:
     def _note(self, active: Active, old: Experiment | None) -> None:
         new = active.experiment
         self._changes.experiments[new.experiment_id] = new
-        before = old.round.asks[0].task_id if old and old.round else None
-        if new.round is not None and new.round.asks[0].task_id != before:
+        if new.round is not None and (old is None or old.round is None or not new.round.same_as(old.round)):
             self._begin_tasks(active, new.round)
         if old is None or (old.state, old.message, old.stage) != (new.state, new.message, new.stage):
             self._changes.events.append(changed(new))
@@ -329,7 +336,8 @@ class Orchestrator:
     def _begin_tasks(self, active: Active, round_: rounds.Round) -> None:
         name = active.experiment.experiment_id
         tasks = [
-            TaskRecord(ask.task_id, name, ask.silo_id, round_.number, round_.kind, round_.attempt)
+            active.tasks.get(ask.task_id)  # a result kept from the attempt before
+            or TaskRecord(ask.task_id, name, ask.silo_id, round_.number, round_.kind, round_.attempt)
             for ask in round_.asks
         ]
         self.active.begin_tasks(active, tasks)
@@ -343,6 +351,9 @@ class Orchestrator:
                 self._keep(active, replace(task, verdict=Verdict.LATE, message=ask.message))
         event = closed(active, round_, self._clock())
         self._changes.events.append(event)
+        self._due.append(lambda: self._count_round(event))
+
+    def _count_round(self, event: RoundClosed) -> None:
         self._metrics.rounds.labels("completed" if event.succeeded else "failed").inc()
         self._metrics.round_duration.observe(event.duration)
 

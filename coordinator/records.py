@@ -1,5 +1,6 @@
 """What the coordinator writes down: results, checkpoints and events, as values."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -142,6 +143,7 @@ def mean_metrics(contributions: tuple[Contribution, ...]) -> dict[str, float]:
     for name in names:
         having = [c for c in contributions if name in c.metrics and c.example_count]
         total = sum(c.example_count for c in having)
-        if total:
-            means[name] = sum(c.metrics[name] * c.example_count for c in having) / total
+        mean = sum(c.metrics[name] * (c.example_count / total) for c in having) if total else math.nan
+        if math.isfinite(mean):
+            means[name] = mean
     return means

@@ -9,7 +9,9 @@ Rules of the file:
     begin -> COLLECTING
                  +-- too few results possible, or deadline --------------------------------------> CLOSED (failed)
 
-An EVALUATE round skips AGGREGATING: it has nothing to aggregate.
+A round whose results carry no tensors skips AGGREGATING: an evaluation, or a method that shares nothing. A round that
+can no longer get enough results stays open for a moment, so that the silos that have not answered yet can say why they
+refuse too.
 
 An ask: OFFERED --result--> RETURNED;  OFFERED --failure, refusal or deadline--> ABSENT. BUSY and DRAINING are not
 refusals for good: the ask stays OFFERED and is offered again later.
@@ -21,6 +23,8 @@ from dataclasses import dataclass, replace
 from fedrt.task import RefusalReason, TaskKind, Verdict
 
 REOFFER_DELAY = 2.0  # seconds until a busy silo is asked again
+LOST = "the round can no longer get enough results"
+LOST_GRACE = 2.0  # seconds that a lost round stays open, so that the other silos can say why they refuse too
 
 
 class AskState(enum.Enum):
@@ -69,9 +73,16 @@ class Round:
     needed: int
     begin_time: float
     deadline: float
+    aggregates: bool = True  # whether results carry shared tensors to combine
     absent: tuple[tuple[str, str], ...] = ()
     phase: RoundPhase = RoundPhase.COLLECTING
     succeeded: bool = False
+    lost_time: float | None = None  # since when too few results can come
+    message: str = ""  # why it was withdrawn
+
+    def same_as(self, other: "Round") -> bool:
+        """Whether both are the same round at different times."""
+        return (self.number, self.kind, self.attempt) == (other.number, other.kind, other.attempt)
 
     def ask(self, task_id: str) -> Ask | None:
         """The ask of a task, if it belongs to this round."""
@@ -174,9 +185,9 @@ def step(round_: Round, event: RoundEvent, now: float) -> tuple[Round, Effects]:
     """The next round and what is to be done, after it is durable."""
     match event:
         case ResultStored(task_id):
-            return _settle(round_, task_id, AskState.RETURNED, Verdict.ACCEPTED)
+            return _settle(round_, task_id, AskState.RETURNED, now)
         case ResultFailed(task_id, message, verdict):
-            return _settle(round_, task_id, AskState.ABSENT, verdict, message)
+            return _settle(round_, task_id, AskState.ABSENT, now, verdict, message)
         case Refused(task_id, reason, message):
             return _refuse(round_, task_id, reason, message, now)
         case Tick():
@@ -185,8 +196,10 @@ def step(round_: Round, event: RoundEvent, now: float) -> tuple[Round, Effects]:
             if round_.phase is not RoundPhase.AGGREGATING:
                 return round_, ()
             return replace(round_, phase=RoundPhase.CLOSED, succeeded=True), ()
-        case Withdrawn(message):
-            return _close_failed(round_, message)
+        case Withdrawn(message) if round_.phase is not RoundPhase.CLOSED:
+            return _close_failed(replace(round_, message=message), message)
+        case Withdrawn():
+            return round_, ()
 
 
 def resume(round_: Round) -> Effects:
@@ -201,7 +214,8 @@ def next_tick(round_: Round) -> float | None:
     if round_.phase is not RoundPhase.COLLECTING:
         return None
     times = [ask.reoffer_time for ask in round_.asks if ask.state is AskState.OFFERED and ask.reoffer_time is not None]
-    return min([round_.deadline, *times])
+    lost = [] if round_.lost_time is None else [round_.lost_time + LOST_GRACE]
+    return min([round_.deadline, *times, *lost])
 
 
 def absentees(round_: Round) -> tuple[tuple[str, str], ...]:
@@ -210,7 +224,9 @@ def absentees(round_: Round) -> tuple[tuple[str, str], ...]:
     return tuple(sorted([*round_.absent, *asked]))
 
 
-def _settle(round_: Round, task_id: str, state: AskState, verdict: Verdict, message: str = "") -> tuple[Round, Effects]:
+def _settle(
+    round_: Round, task_id: str, state: AskState, now: float, verdict: Verdict = Verdict.ACCEPTED, message: str = ""
+) -> tuple[Round, Effects]:
     ask = round_.ask(task_id)
     if ask is None:
         raise ValueError(f"task {task_id!r} does not belong to round {round_.number}")
@@ -219,7 +235,7 @@ def _settle(round_: Round, task_id: str, state: AskState, verdict: Verdict, mess
     if ask.state is AskState.ABSENT or round_.phase is not RoundPhase.COLLECTING:
         return round_, (Settle(ask.silo_id, task_id, Verdict.LATE, ask.message or "the round is closed"),)
     settled = _with_ask(round_, replace(ask, state=state, message=message, reoffer_time=None))
-    decided, effects = _decide(settled)
+    decided, effects = _decide(settled, now)
     return decided, (Settle(ask.silo_id, task_id, verdict, message), *effects)
 
 
@@ -232,7 +248,7 @@ def _refuse(round_: Round, task_id: str, reason: RefusalReason, message: str, no
     if reason is RefusalReason.BUSY:
         return _with_ask(round_, replace(ask, reoffer_time=now + REOFFER_DELAY)), ()
     text = f"refused ({reason.value}): {message}"
-    return _decide(_with_ask(round_, replace(ask, state=AskState.ABSENT, message=text)))
+    return _decide(_with_ask(round_, replace(ask, state=AskState.ABSENT, message=text)), now)
 
 
 def _tick(round_: Round, now: float) -> tuple[Round, Effects]:
@@ -241,21 +257,25 @@ def _tick(round_: Round, now: float) -> tuple[Round, Effects]:
     if now >= round_.deadline:
         late = "no result within the time limit"
         cancels = _cancels(round_, late)
-        decided, effects = _decide(_with_absent(round_, late))
+        decided, effects = _decide(_with_absent(round_, late), now)
         return decided, (*cancels, *effects)
+    if round_.lost_time is not None and now >= round_.lost_time + LOST_GRACE:
+        return _close_failed(round_, LOST)
     due = [ask for ask in round_.asks if ask.reoffer_time is not None and ask.reoffer_time <= now]
     for ask in due:
         round_ = _with_ask(round_, replace(ask, reoffer_time=None))
     return round_, tuple(Offer(ask.silo_id, ask.task_id) for ask in due)
 
 
-def _decide(round_: Round) -> tuple[Round, Effects]:
+def _decide(round_: Round, now: float) -> tuple[Round, Effects]:
     match standing(round_.asks, round_.needed):
         case Standing.PENDING:
             return round_, ()
+        case Standing.LOST if any(ask.state is AskState.OFFERED for ask in round_.asks):
+            return replace(round_, lost_time=now if round_.lost_time is None else round_.lost_time), ()
         case Standing.LOST:
-            return _close_failed(round_, "the round can no longer get enough results")
-        case Standing.ENOUGH if round_.kind is TaskKind.EVALUATE:
+            return _close_failed(round_, LOST)
+        case Standing.ENOUGH if not round_.aggregates:
             return replace(round_, phase=RoundPhase.CLOSED, succeeded=True), ()
         case Standing.ENOUGH:
             return replace(round_, phase=RoundPhase.AGGREGATING), (Aggregate(_returned_tasks(round_)),)

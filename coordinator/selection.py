@@ -54,7 +54,8 @@ def select(
         needed = 1
     if len(available) < needed:
         names = f"; not connected: {', '.join(missing)}" if missing else ""
-        return Waiting(f"waiting for silos: {len(available)} of {needed} needed are connected{names}")
+        advice = "" if rounds.silos else "; name rounds.silos in the experiment to do without silos that are gone"
+        return Waiting(f"waiting for silos: {len(available)} of {needed} needed are connected{names}{advice}")
     asked = available
     if len(available) > capacity:
         order = seeded_generator(draw[0], "select", draw[1], draw[2]).permutation(len(available))

@@ -26,10 +26,10 @@ from coordinator.intake import Intake
 from coordinator.orchestrator import Orchestrator
 from coordinator.records import TensorsRef
 from coordinator.validation import check_announcement
-from fedrt.errors import PayloadError, RemoteProtocolError, StorageError, TensorError
+from fedrt.errors import LocalProtocolError, PayloadError, RemoteProtocolError, StorageError, TensorError
 from fedrt.metrics import CoordinatorMetrics
 from fedrt.payload import Manifest
-from fedrt.session.connection import Phase, Role, TaskPhase
+from fedrt.session.connection import MAX_OPEN_PAYLOADS, Phase, Role, TaskPhase
 from fedrt.session.frames import (
     Drain,
     Frame,
@@ -44,9 +44,9 @@ from fedrt.session.frames import (
     Welcome,
 )
 from fedrt.session.liveness import Intervals
-from fedrt.task import Result, Task, Verdict
+from fedrt.task import RefusalReason, Result, Task, Verdict
 from fedrt.tls import peer_identity
-from fedrt.transport import SilenceError, Transport
+from fedrt.transport import SilenceError, StreamEndedError, Transport
 from fedrt.v1 import session_service_pb2_grpc
 
 
@@ -85,11 +85,13 @@ class SiloSession:
             pump.result()
         except RemoteProtocolError as error:
             return grpc.StatusCode.INVALID_ARGUMENT, str(error)
+        except StreamEndedError as error:
+            return grpc.StatusCode.CANCELLED, str(error)
         except SilenceError as error:
             return grpc.StatusCode.DEADLINE_EXCEEDED, str(error)
         except StorageError as error:
             self._service.log.error("a payload cannot be stored", silo=self.silo_id, reason=str(error))
-            return grpc.StatusCode.UNAVAILABLE, "the coordinator cannot store the result now; it is to be sent again"
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, "the coordinator cannot store results now; dial again later"
         finally:
             pump.cancel()
             await asyncio.gather(pump, return_exceptions=True)
@@ -105,6 +107,10 @@ class SiloSession:
         """Offer a task, unless this session knows it already."""
         connection = self._transport.connection
         if connection.our_phase is not Phase.OPEN or connection.task_phase(task.task_id) is not None:
+            return
+        if manifest is not None and not connection.may_announce:
+            busy = f"the session already has {MAX_OPEN_PAYLOADS} payloads under way"
+            self._submit(OfferRefused(self.silo_id, task.task_id, RefusalReason.BUSY, busy))
             return
         self._post(TaskOffer(task, manifest))
         if manifest is not None and data is not None:
@@ -138,6 +144,9 @@ class SiloSession:
             self._transport.post(frame)
         except SilenceError as error:
             self._end(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except LocalProtocolError as error:  # our bug ends this session, not the coordinator
+            self._service.log.error("a frame could not be sent", silo=self.silo_id, reason=str(error))
+            self._end(grpc.StatusCode.INTERNAL, "the coordinator failed; see its log")
 
     def _end(self, status: grpc.StatusCode, message: str) -> None:
         if not self._ended.done():
@@ -231,15 +240,21 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         self.metrics = metrics
         self.limits = limits
         self._sessions: set[SiloSession] = set()
+        self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
         self.log = structlog.get_logger("coordinator.sessions")
 
     async def OpenSession(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]
         """Serve one silo. Who may call is decided before, by `authorization`."""
+        await context.send_initial_metadata(())  # now: ending the call while the first frame is written would repeat it
         silo_id = peer_identity(context.auth_context()).name
+        if self._draining:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator is stopping; dial again later")
         if len(self._sessions) >= self.limits.max_sessions:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the coordinator serves as many silos as it may")
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "the coordinator serves as many silos as limits.max_sessions allows"
+            )
         session = SiloSession(silo_id, context, self)
         log = self.log.bind(silo=silo_id, session=session.session_id)
         self._sessions.add(session)
@@ -259,6 +274,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
 
     async def drain(self, grace_period: float) -> None:
         """Tell every silo that the coordinator is stopping and wait until the sessions have ended."""
+        self._draining = True
         for session in self._sessions:
             session.drain(grace_period)
         with contextlib.suppress(TimeoutError):

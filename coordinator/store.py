@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from coordinator.blobs import Blobs, metadata
 from coordinator.experiments import Experiment, ExperimentState
 from coordinator.records import Changes, Checkpoint, Event, NumberedEvent, SiloRecord, TaskRecord, TensorsRef
-from fedrt.errors import PayloadError, SpecError, StorageError
+from fedrt.errors import DamageError, PayloadError, SpecError, StorageError
 from fedrt.statefile import ensure_private_directory, storage_error
 
 SCHEMA_VERSION = 1
@@ -84,7 +84,7 @@ def _load(adapter: TypeAdapter[_T], document: str) -> _T:
     try:
         return adapter.validate_json(document)
     except (ValueError, SpecError, PayloadError) as error:
-        raise StorageError(_DAMAGED) from error
+        raise DamageError(_DAMAGED) from error
 
 
 def _load_event(document: str) -> Event:
@@ -93,7 +93,7 @@ def _load_event(document: str) -> Event:
         adapter: TypeAdapter[Event] = _EVENT_KINDS[parsed["kind"]]
         return adapter.validate_python(parsed["event"])
     except (ValueError, KeyError, PayloadError) as error:
-        raise StorageError(_DAMAGED) from error
+        raise DamageError(_DAMAGED) from error
 
 
 _EVENT_KINDS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for kind in Event.__args__}

@@ -28,7 +28,6 @@ from fedrt.v1 import experiment_pb2 as experiment_pb
 from fedrt.wire_values import chunk_from_pb, experiment_spec_to_pb, manifest_from_pb
 
 ANSWER_LIMIT = 30.0  # seconds a coordinator may take for an answer, or for the next piece of one
-CATCH_UP_PAUSE = 0.3  # seconds without an event after which the past has been told
 PAGE_SIZE = 500
 _T = TypeVar("_T")
 
@@ -97,15 +96,8 @@ class AdminClient:
 
     async def list_all(self) -> list[experiment_pb.Experiment]:
         """All experiments, newest first."""
-        found: list[experiment_pb.Experiment] = []
-        token = ""
-        while True:
-            request = pb.ListExperimentsRequest(page_size=PAGE_SIZE, page_token=token)
-            response: pb.ListExperimentsResponse = await self._call(self._stub.ListExperiments, request)
-            found += response.experiments
-            token = response.next_page_token
-            if not token:
-                return found
+        pages = self._pages(self._stub.ListExperiments, pb.ListExperimentsRequest)
+        return [experiment async for page in pages for experiment in page.experiments]
 
     async def cancel(self, experiment_id: str) -> experiment_pb.Experiment:
         """End an experiment; one that has ended stays as it is."""
@@ -115,15 +107,7 @@ class AdminClient:
 
     async def silos(self) -> list[experiment_pb.Silo]:
         """All silos that the coordinator has met, by name."""
-        found: list[experiment_pb.Silo] = []
-        token = ""
-        while True:
-            request = pb.ListSilosRequest(page_size=PAGE_SIZE, page_token=token)
-            response: pb.ListSilosResponse = await self._call(self._stub.ListSilos, request)
-            found += response.silos
-            token = response.next_page_token
-            if not token:
-                return found
+        return [silo async for page in self._pages(self._stub.ListSilos, pb.ListSilosRequest) for silo in page.silos]
 
     async def watch(self, experiment_id: str = "", after: int = 0) -> AsyncIterator[pb.Event]:
         """Events after a number, oldest first, then live ones; of one experiment unless the id is empty. Never ends."""
@@ -136,21 +120,40 @@ class AdminClient:
         raise UnreachableError(f"the coordinator at {self._target} ended the stream of events; it may be stopping")
 
     async def history(self, experiment: experiment_pb.Experiment) -> list[pb.Event]:
-        """The events that led an experiment to where it stands."""
-        events: list[pb.Event] = []
-        reached = False
+        """The events that led an experiment to where it stands in the given answer; later ones are left out.
+
+        The stream has no mark where the past ends. It has ended with an event that lies beyond the answer. While none
+        comes, a small request is sent after the last event: the coordinator serves it from its store in turn, behind
+        the stream's own reading, so its answer means that nothing more was stored.
+        """
+        past = _Past(experiment)
         call = self._stub.WatchEvents(pb.WatchEventsRequest(experiment_id=experiment.experiment_id))
+        reading = asyncio.ensure_future(self._read(call))
+        asking: asyncio.Future[Any] | None = None
         try:
-            while True:
-                async with asyncio.timeout(CATCH_UP_PAUSE if reached else ANSWER_LIMIT):
-                    response = await self._read(call)
+            while not past.is_complete:
+                if past.has_arrived and asking is None:
+                    request = pb.ListExperimentsRequest(page_size=1)
+                    asking = asyncio.ensure_future(self._call(self._stub.ListExperiments, request))
+                awaited = {reading} if asking is None else {reading, asking}
+                await asyncio.wait(awaited, timeout=ANSWER_LIMIT, return_when=asyncio.FIRST_COMPLETED)
+                if not reading.done():
+                    if asking is not None and asking.done():
+                        asking.result()
+                    break
+                response = reading.result()
                 if response is grpc.aio.EOF:
-                    return events
-                events.append(response.event)
-                reached = reached or _tells_of(response.event, experiment)
-        except TimeoutError:
-            return events
+                    break
+                past.add(response.event)
+                reading = asyncio.ensure_future(self._read(call))
+                if asking is not None and not past.has_arrived:
+                    await _cancelled(asking)
+                    asking = None
+            return past.events
         finally:
+            for future in (reading, asking):
+                if future is not None:
+                    await _cancelled(future)
             call.cancel()
 
     async def export(self, experiment_id: str) -> Export:
@@ -177,6 +180,16 @@ class AdminClient:
             raise _silent(self._target) from None
         finally:
             call.cancel()
+
+    async def _pages(self, method: Callable[..., Any], request: Callable[..., Any]) -> AsyncIterator[Any]:
+        """The answers to a request that asks for pages, one after the other."""
+        token = ""
+        while True:
+            page = await self._call(method, request(page_size=PAGE_SIZE, page_token=token))
+            yield page
+            token = page.next_page_token
+            if not token:
+                return
 
     async def _call(self, method: Callable[..., Any], request: Any) -> Any:
         try:
@@ -266,12 +279,41 @@ def _socket_error(path: Path) -> OSError | None:
     return None
 
 
-def _tells_of(event: pb.Event, experiment: experiment_pb.Experiment) -> bool:
-    if event.WhichOneof("kind") != "experiment_changed":
-        return False
-    told = event.experiment_changed.experiment
-    return (told.state, told.round_number, told.current_task_kind) == (
-        experiment.state,
-        experiment.round_number,
-        experiment.current_task_kind,
-    )
+class _Past:
+    """Collects events up to where an experiment stands: state, round and kind of work, which never go back.
+
+    The attempts of a round that is tried again share that place, so more may follow the event that arrives there.
+    """
+
+    def __init__(self, experiment: experiment_pb.Experiment) -> None:
+        self._end = _place(experiment)
+        self._has_ended = experiment.state >= experiment_pb.Experiment.STATE_SUCCEEDED
+        self._closed: list[pb.Event] = []  # counts once it is known where the experiment went from there
+        self.events: list[pb.Event] = []
+        self.has_arrived = False
+        self.is_complete = False
+
+    def add(self, event: pb.Event) -> None:
+        """Take the next event."""
+        if event.WhichOneof("kind") != "experiment_changed":
+            self._closed.append(event)
+            self.has_arrived = False
+            return
+        place = _place(event.experiment_changed.experiment)
+        if place > self._end:
+            self.is_complete = True
+            return
+        self.events += [*self._closed, event]
+        self._closed = []
+        self.has_arrived = place == self._end
+        self.is_complete = self.has_arrived and self._has_ended
+
+
+def _place(experiment: experiment_pb.Experiment) -> tuple[int, int, int]:
+    state = min(experiment.state, experiment_pb.Experiment.STATE_SUCCEEDED)  # all ends are one place
+    return state, experiment.round_number, experiment.current_task_kind
+
+
+async def _cancelled(future: "asyncio.Future[Any]") -> None:
+    future.cancel()
+    await asyncio.gather(future, return_exceptions=True)

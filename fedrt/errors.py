@@ -9,8 +9,10 @@ FedrtError                    anything an operator may read; the message names t
 ├── ProtocolError             never raised itself
 │   ├── LocalProtocolError    we tried to send an illegal frame: a bug of ours
 │   └── RemoteProtocolError   the peer sent an illegal frame
-├── StorageError              the disk refused, or what it holds is damaged
+├── StorageError              the disk refuses; later it may not
+│   └── DamageError           what the disk holds is damaged or missing: a backup has to help
 ├── SilenceError              the peer has not been heard for too long (fedrt.transport)
+├── StreamEndedError          the stream ended while we were writing (fedrt.transport)
 ├── UnreachableError          an operator's command cannot reach the coordinator (fedrt.admin_client, exit 75)
 ├── RequestError              the coordinator turned an operator's request down (fedrt.admin_client)
 └── WorkError                 local work failed; `reason` is what the coordinator is told
@@ -80,9 +82,13 @@ class RemoteProtocolError(ProtocolError):
 
 
 class StorageError(FedrtError):
-    """The disk refused, or what it holds is damaged."""
+    """The disk refuses."""
 
     exit_code = ExitCode.TEMPORARY
+
+
+class DamageError(StorageError):
+    """What the disk holds is damaged or missing."""
 
 
 class FailureReason(enum.Enum):

@@ -49,7 +49,7 @@ class OptimizerSection(Section):
 
     name: OptimizerName = Field(default=OptimizerSpec.name, description="sgd or adamw")
     learning_rate: float = Field(default=OptimizerSpec.learning_rate, description="Learning rate")
-    momentum: float = Field(default=OptimizerSpec.momentum, description="Momentum of sgd")
+    momentum: float = Field(default=OptimizerSpec.momentum, description="Momentum of sgd, or beta 1 of adamw")
     weight_decay: float = Field(default=OptimizerSpec.weight_decay, description="Weight decay")
 
 

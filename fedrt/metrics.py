@@ -18,7 +18,7 @@ from fedrt.errors import ConfigurationError
 from fedrt.notation import split_address
 from fedrt.task import RefusalReason, TaskKind, Verdict
 
-ROUND_OUTCOMES = ("completed", "retried", "failed", "cancelled")
+ROUND_OUTCOMES = ("completed", "failed")
 TASK_OUTCOMES = ("succeeded", "failed", "cancelled", "refused")
 DIRECTIONS = ("in", "out")
 _LONG_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800, 36000)
@@ -36,7 +36,9 @@ class CoordinatorMetrics:
         self.payload_bytes = Counter(
             f"{prefix}payload_bytes", "Tensor bytes, in from and out to silos", ["direction"], registry=registry
         )
-        self.rounds = Counter(f"{prefix}rounds", "Rounds that ended", ["outcome"], registry=registry)
+        self.rounds = Counter(
+            f"{prefix}rounds", "Rounds that ended, each attempt counted", ["outcome"], registry=registry
+        )
         self.round_duration = Histogram(
             f"{prefix}round_duration_seconds", "Time of a round", registry=registry, buckets=_LONG_SECONDS
         )

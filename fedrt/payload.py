@@ -17,6 +17,7 @@ from fedrt.tensors import Array, Tensors
 CHUNK_BYTES = 256 * 1024
 MAX_TENSORS = 1024
 MAX_NAME_LENGTH = 128
+MAX_ID_LENGTH = 200  # of tasks, experiments, sessions and payloads
 MAX_DIMENSIONS = 8
 
 
@@ -63,8 +64,8 @@ class Manifest:
     sha256: bytes
 
     def __post_init__(self) -> None:
-        if not 0 < len(self.payload_id) <= MAX_NAME_LENGTH:
-            raise PayloadError(f"a payload id has {len(self.payload_id)} characters; allowed are 1 to 128")
+        if not 0 < len(self.payload_id) <= MAX_ID_LENGTH:
+            raise PayloadError(f"a payload id has {len(self.payload_id)} characters; allowed are 1 to {MAX_ID_LENGTH}")
         if not 0 < len(self.tensors) <= MAX_TENSORS:
             raise PayloadError(f"a manifest has {len(self.tensors)} tensors; allowed are 1 to {MAX_TENSORS}")
         if len({header.name for header in self.tensors}) != len(self.tensors):

@@ -27,7 +27,7 @@ _ADVICE = {
 
 
 def write_atomic(path: Path, data: bytes | memoryview, mode: int = 0o600) -> None:
-    """Replace the file at `path` by `data`, durably; raises StorageError and then leaves the old content in place."""
+    """Replace the file at `path` by `data`, durably; raises StorageError, and then never leaves half of it."""
     write_atomic_by(path, lambda temporary: _fill(temporary, data), mode)
 
 
@@ -49,6 +49,15 @@ def write_atomic_by(path: Path, write: Callable[[Path], object], mode: int = 0o6
         raise storage_error("write", path, error) from error
 
 
+def remove_unfinished(directory: Path) -> None:
+    """Remove what writes that a crash cut off have left in a directory that only this process writes to."""
+    try:
+        for path in directory.glob(".*.new"):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error("clean", directory, error) from error
+
+
 def move_durably(source: Path, target: Path) -> None:
     """Force a written file to disk and rename it to `target` on the same file system; raises StorageError."""
     try:
@@ -60,12 +69,14 @@ def move_durably(source: Path, target: Path) -> None:
 
 
 def ensure_private_directory(path: Path) -> None:
-    """Make `path` a directory that only we can enter (0700), with its parents; an existing one is checked, not changed.
+    """Make `path` a directory that only we can enter (0700), missing parents too; an existing one is checked only.
 
     Raises StorageError when it cannot be made, is not ours, or others may write to it: they could swap the files in it.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for parent in (*reversed(path.parents), path):
+            if not parent.is_dir():
+                parent.mkdir(mode=0o700, exist_ok=True)
         status = path.stat()
     except OSError as error:
         raise storage_error("create directory", path, error) from error

@@ -78,7 +78,7 @@ def needs_clip(specs: Iterable[TensorSpec]) -> bool:
 
 
 def seeded_generator(seed: int, *purpose: str | int) -> np.random.Generator:
-    """A generator that depends on the seed and the purpose only, the same on every machine."""
+    """A generator that depends on the seed and the purpose only; its draws are the same wherever numpy is."""
     text = json.dumps([seed, *purpose], separators=(",", ":"))
     return np.random.Generator(np.random.Philox(key=int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")))
 

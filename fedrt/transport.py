@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from fedrt.errors import FedrtError, PayloadError, RemoteProtocolError, SpecError
 from fedrt.payload import Assembler, Chunk, Manifest, chunks
@@ -23,6 +24,7 @@ from fedrt.wire import request_from_pb, request_to_pb, response_from_pb, respons
 MAX_POSTED_FRAMES = 10_000
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 HANDSHAKE_LIMIT = 20.0  # seconds a peer may take for its first frame
+STATUS_LIMIT = 1.0  # seconds to wait for the status of a stream that no longer takes frames
 GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -35,6 +37,10 @@ Sink = Callable[[bytes | memoryview], None]  # may raise `PayloadError`
 
 class SilenceError(FedrtError):
     """The peer has sent nothing for longer than the silence limit."""
+
+
+class StreamEndedError(FedrtError):
+    """The stream ended while we were writing; the reader may know why."""
 
 
 class Stream(Protocol):
@@ -98,29 +104,33 @@ class Transport:
     async def run(self, on_frame: Callable[[Frame], None]) -> None:
         """Pump until the peer ends the stream or `finish` was called.
 
-        Raises `RemoteProtocolError`, `SilenceError`, and what the stream raises.
+        Raises `RemoteProtocolError`, `SilenceError`, `StreamEndedError`, and what reading from the stream raises.
         """
-        pumps = [
-            asyncio.create_task(self._read(on_frame)),
-            asyncio.create_task(self._write()),
-            asyncio.create_task(self._watch_silence()),
-        ]
+        reader = asyncio.create_task(self._read(on_frame))
+        writer = asyncio.create_task(self._write())
+        watcher = asyncio.create_task(self._watch_silence())
+        pumps = (reader, writer, watcher)
         try:
             done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            if writer in done and writer.exception() is not None:
+                await asyncio.wait({reader}, timeout=STATUS_LIMIT)  # it learns the status with which the peer ended
+            ended = next(pump for pump in pumps if pump.done())
+            ended.result()
         finally:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-        for pump in done:
-            pump.result()
 
     async def _read(self, on_frame: Callable[[Frame], None]) -> None:
-        while (message := await self._stream.read()) is not grpc.aio.EOF:
-            self._liveness.heard(time.monotonic())
+        while True:
             try:
+                message = await self._stream.read()
+                if message is grpc.aio.EOF:
+                    return
                 frame = self._decode(message)
-            except (PayloadError, SpecError) as error:
+            except (DecodeError, PayloadError, SpecError) as error:
                 raise RemoteProtocolError(f"a frame cannot be read: {error}") from error
+            self._liveness.heard(time.monotonic())
             if frame is None:
                 continue
             self.connection.receive(frame)
@@ -154,7 +164,10 @@ class Transport:
         while True:
             frame = self._next_frame()
             if frame is not None:
-                await self._stream.write(self._encode(frame))
+                try:
+                    await self._stream.write(self._encode(frame))
+                except (asyncio.InvalidStateError, grpc.RpcError, grpc.aio.BaseError) as error:
+                    raise StreamEndedError(f"the stream ended: {error}") from error
                 self._liveness.sent(time.monotonic())
                 self._on_sent(frame)
             elif self._finishing:

@@ -99,7 +99,7 @@ def _reply_from_pb(message: task_pb.TaskReply) -> TaskReply:
         case "acceptance":
             return TaskReply(message.task_id)
         case "refusal":
-            reason = _REFUSAL.back(RefusalReason, message.refusal.reason)
+            reason = _REFUSAL.back(RefusalReason, message.refusal.reason, RefusalReason.POLICY)
             return TaskReply(message.task_id, reason, message.refusal.message)
         case _:
             raise PayloadError("a task reply holds no answer")
@@ -132,7 +132,10 @@ def _result_from_pb(message: task_pb.TaskResult) -> Result:
                 manifest = manifest_from_pb(success.shared_tensors)
             outcome = Success(success.example_count, dict(success.metrics), duration_from_pb(success.work_duration))
         case "failure":
-            outcome = Failure(_FAILURE.back(FailureReason, message.failure.reason), message.failure.message[:2000])
+            outcome = Failure(
+                _FAILURE.back(FailureReason, message.failure.reason, FailureReason.INTERNAL),
+                message.failure.message[:2000],
+            )
         case _:
             raise PayloadError("a task result holds no outcome")
     return Result(message.task_id, outcome, manifest)
@@ -161,7 +164,9 @@ def _hello_from_pb(message: session_pb.Hello) -> Hello:
     return Hello(
         software_version=message.software_version,
         methods=tuple(message.methods),
-        held_tasks=tuple(HeldTask(h.task_id, _HELD.back(HeldState, h.state)) for h in message.held_tasks),
+        held_tasks=tuple(
+            HeldTask(h.task_id, _HELD.back(HeldState, h.state, HeldState.RUNNING)) for h in message.held_tasks
+        ),
         device=message.resources.device,
         memory_bytes=message.resources.memory_bytes,
         capabilities=tuple(message.capabilities),

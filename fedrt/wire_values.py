@@ -42,9 +42,9 @@ class EnumMap:
         """The protobuf number of a member."""
         return self._to[member]
 
-    def back(self, ours: type[_E], number: int) -> _E:
-        """The member of a number. Raises `PayloadError` for one that this version does not know."""
-        member = self._from.get(number)
+    def back(self, ours: type[_E], number: int, unknown: _E | None = None) -> _E:
+        """The member of a number, or `unknown` for one that this version does not know; None raises `PayloadError`."""
+        member = self._from.get(number, unknown)
         if not isinstance(member, ours):
             raise PayloadError(f"{ours.__name__} number {number} is not known to this version")
         return member

@@ -7,7 +7,7 @@ moment, and whatever was computed is delivered later.
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import structlog
@@ -100,7 +100,8 @@ class _Accepted:
     task: Task
     manifest: Manifest | None
     specs: tuple[TensorSpec, ...]
-    shared: Tensors
+    deadline: float  # of the monotonic clock
+    shared: Tensors = field(default_factory=dict)
 
 
 class Agent:
@@ -137,11 +138,16 @@ class Agent:
         """Wait until nothing is left to do or to deliver."""
         await self._idle.wait()
 
+    @property
+    def is_working(self) -> bool:
+        """Whether a task runs; otherwise all that is held is durable and may be delivered later."""
+        return self._ledger.running is not None
+
     async def recover(self) -> None:
         """Take up the results that an earlier run of the daemon left in the spool."""
         for spooled in await asyncio.to_thread(self._spool.load):
             self._spooled[spooled.task_id] = spooled
-            hold = ledgers.Hold(spooled.task_id, ledgers.HoldState.FINISHED)
+            hold = ledgers.Hold(spooled.task_id, spooled.experiment_id, ledgers.HoldState.FINISHED)
             self._ledger = Ledger((*self._ledger.holds, hold))
             self._log.info("undelivered result found", task=spooled.task_id)
         self._count_spool()
@@ -194,6 +200,7 @@ class Agent:
             case ledgers.Start(task_id):
                 self._work[task_id] = asyncio.create_task(self._do(self._accepted[task_id]))
             case ledgers.StoreCancelled(task_id):
+                self._metrics.tasks.labels(self._accepted[task_id].task.kind.value, "cancelled").inc()
                 await self._stop_work(task_id)
                 failure = Failure(FailureReason.CANCELLED, "the coordinator cancelled the task")
                 await self._store(self._accepted[task_id].task, failure, {}, {})
@@ -213,16 +220,17 @@ class Agent:
         refusal = judge(task, self._policy, self._report)
         if refusal is None and self._ledger.state(task.task_id) is None:
             specs = task.local.tensors()
-            self._accepted[task.task_id] = _Accepted(task, message.manifest, specs, {})
-        offered = ledgers.Offered(task.task_id, message.manifest is not None)
+            self._accepted[task.task_id] = _Accepted(task, message.manifest, specs, time.monotonic() + task.time_limit)
+        offered = ledgers.Offered(task.task_id, task.experiment_id, message.manifest is not None)
         if refusal is not None:
-            offered = ledgers.Offered(task.task_id, offered.has_tensors, refusal.reason, refusal.message)
+            offered = replace(offered, refusal=refusal.reason, message=refusal.message)
         await self._step(offered)
+        if self._ledger.state(task.task_id) is None:
+            self._metrics.tasks.labels(task.kind.value, "refused").inc()
 
     def _reply(self, reply: ledgers.Reply) -> None:
         if reply.refusal is not None:
             self._accepted.pop(reply.task_id, None)
-            self._metrics.tasks.labels("train", "refused").inc()
             self._log.warning("task refused", task=reply.task_id, reason=reply.refusal.value, message=reply.message)
         if self._session is not None:
             self._session.reply(reply)
@@ -258,10 +266,12 @@ class Agent:
                 shared=accepted.shared,
                 private=private,
             )
-            async with asyncio.timeout(task.time_limit):
+            async with asyncio.timeout(accepted.deadline - time.monotonic()):
                 done = await self._worker.run(order, self._progress_of(task.task_id))
             if task.kind is not TaskKind.EVALUATE:
                 check_release(accepted.specs, done.shared)
+            self._report = await self._worker.describe()  # it may have met unreadable files meanwhile
+            self._metrics.unreadable_files.set(self._report.unreadable_count)
             outcome: WorkOutcome | WorkError = done
         except TimeoutError:
             outcome = WorkError(FailureReason.TIME_LIMIT, f"the work took longer than {task.time_limit:.0f} seconds")
@@ -269,6 +279,9 @@ class Agent:
             outcome = error
         except FedrtError as error:
             self._log.error("work failed", task=task.task_id, reason=str(error))
+            outcome = WorkError(FailureReason.INTERNAL, f"{type(error).__name__} at the silo; see its log")
+        except Exception as error:  # a worker's bug fails one task, not the silo
+            self._log.exception("work failed", task=task.task_id)
             outcome = WorkError(FailureReason.INTERNAL, f"{type(error).__name__} at the silo; see its log")
         self.submit(WorkEnded(task.task_id, outcome))
 
@@ -304,7 +317,6 @@ class Agent:
     async def _stop_work(self, task_id: str) -> None:
         work = self._work.pop(task_id, None)
         if work is not None:
-            self._metrics.tasks.labels("train", "cancelled").inc()
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
 
@@ -329,7 +341,7 @@ class Agent:
     async def _drop(self, task_id: str) -> None:
         self._accepted.pop(task_id, None)
         if self._spooled.pop(task_id, None) is not None:
-            await asyncio.to_thread(self._spool.remove, task_id)
+            await self._until_durable(self._spool.remove, task_id)
             self._count_spool()
 
     async def _until_durable(self, write: Callable[..., None], *arguments: object) -> None:

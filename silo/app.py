@@ -30,6 +30,7 @@ from silo.work import Worker, WorkerReport
 from silo.worker import ProcessWorker
 
 FLUSH_LIMIT = 5.0  # seconds the last frames are given to leave
+DRAIN_CHECK_INTERVAL = 1.0  # seconds
 
 
 async def serve(config: SiloConfig, lifecycle: Lifecycle) -> None:
@@ -113,11 +114,23 @@ async def _drain(grace: float, agent: Agent, link: Link) -> None:
     agent.submit(ledger.DrainOrdered())
     link.drain(grace)
     await asyncio.sleep(0)
+    deadline = asyncio.get_running_loop().time() + grace
+    while not await _idle_within(agent, DRAIN_CHECK_INTERVAL):
+        if asyncio.get_running_loop().time() >= deadline:
+            log.warning("work is cut off; what was computed is delivered at the next start", held=len(agent.held))
+            return
+        if not agent.is_working and not link.is_open:
+            log.warning("the coordinator is away; results are delivered at the next start", held=len(agent.held))
+            return
+
+
+async def _idle_within(agent: Agent, limit: float) -> bool:
     try:
-        async with asyncio.timeout(grace):
+        async with asyncio.timeout(limit):
             await agent.idle()
     except TimeoutError:
-        log.warning("work is cut off; what was computed is delivered at the next start", held=len(agent.held))
+        return False
+    return True
 
 
 async def _until(stopping: asyncio.Event, work: Coroutine[Any, Any, WorkerReport]) -> WorkerReport | None:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -15,12 +15,14 @@ import typer
 import fedrt
 from fedrt.certificates import Expectation
 from fedrt.config import effective_yaml, json_schema
-from fedrt.daemon import Lifecycle, report, run_daemon
+from fedrt.daemon import Lifecycle, prepare_grpc, report, run_daemon
 from fedrt.errors import FedrtError
 from fedrt.identity import Role
 from fedrt.log import configure_logging, reload_level
-from fedrt.tls import IdentityFiles, load_identity
 from silo.config import SiloConfig, check_files, data_source, load_silo_config, model_source
+from silo.data import index
+from silo.departures import read_lines
+from silo.sources import DataSource
 from silo.work import WorkerReport
 from silo.worker import ProcessWorker
 
@@ -32,6 +34,7 @@ Config = Annotated[Path, typer.Option("--config", "-c", help="The silo's YAML fi
 @app.command()
 def run(config: Config) -> None:
     """Run until SIGTERM or Ctrl-C; a second one stops at once. SIGHUP takes the log level from the file again."""
+    prepare_grpc()
     from silo.app import serve  # noqa: PLC0415  # the other commands do not need grpc
 
     loaded = _or_exit(lambda: load_silo_config(config))
@@ -45,19 +48,29 @@ def run(config: Config) -> None:
 
 @app.command()
 def check_config(config: Config) -> None:
-    """Check the YAML file, the files it names and the certificate, and print the effective configuration."""
+    """Check the YAML file, the files it names, the certificate and which images there are, and print what was found."""
+    from fedrt.tls import IdentityFiles, load_identity  # noqa: PLC0415  # imports grpc
 
-    def check() -> tuple[SiloConfig, str]:
+    def check() -> tuple[SiloConfig, list[str]]:
         loaded = load_silo_config(config)
         check_files(loaded)
         files = IdentityFiles(loaded.identity.directory)
         identity = load_identity(files, datetime.now(UTC), Expectation(Role.SILO, loaded.federation))
         expiry = f"{identity.credential.not_after:%Y-%m-%d %H:%M} UTC"
-        return loaded, f"# {identity.identity}, certificate valid until {expiry}"
+        return loaded, [f"{identity.identity}, certificate valid until {expiry}", *_images(data_source(loaded))]
 
-    loaded, line = _or_exit(check)
+    loaded, lines = _or_exit(check)
     sys.stdout.write(effective_yaml(loaded))
-    typer.echo(line)
+    for line in lines:
+        typer.echo(f"# {line}")
+
+
+def _images(source: DataSource) -> Iterator[str]:
+    """How many images there are, readable or not, a line per split. Raises `ConfigurationError`."""
+    for split, counts in index(source).class_counts.items():
+        total, classes = sum(counts.values()), len(counts)
+        of_classes = "1 class" if classes == 1 else f"{classes} classes"
+        yield f"{split}: {total} {'image' if total == 1 else 'images'} of {of_classes}"
 
 
 @app.command()
@@ -87,13 +100,13 @@ async def _describe(config: SiloConfig) -> WorkerReport:
 def departures(config: Config, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Show what left the building: every kind of message with its number, and every tensor with its shape and bytes."""
     path = _or_exit(lambda: load_silo_config(config)).state_directory / "departures.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    entries = list(read_lines(path)) if path.exists() else []
     if as_json:
-        for line in lines:
-            typer.echo(line)
+        for entry in entries:
+            typer.echo(json.dumps(entry, separators=(",", ":")))
         return
     messages, tensors, sizes = Counter[str](), Counter[str](), Counter[str]()
-    for entry in map(json.loads, lines):
+    for entry in entries:
         messages[entry["message"]] += entry["count"]
         for tensor in entry.get("tensors", []):
             name = f"{tensor['name']} {tensor['type']} {tensor['shape']}"

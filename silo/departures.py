@@ -1,10 +1,15 @@
 """What left the building: the one gate for tensors, and a record of every message that was sent."""
 
+import contextlib
 import json
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+import structlog
 
 from fedrt.errors import FailureReason, TensorError, WorkError
 from fedrt.session.frames import Frame, Heartbeat, PayloadChunk, TaskResult
@@ -34,17 +39,25 @@ class Departures:
         self._heartbeats = 0
         self._chunks: Counter[str] = Counter()
         self._open: dict[str, Result] = {}
+        self._log = structlog.get_logger("silo.departures")
         try:
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
             path.chmod(0o600)
+            self._unwritten = _line_end(path)
         except OSError as error:
             raise storage_error("write", path, error) from error
 
     def close(self) -> None:
-        """Write what is still counted and close the file."""
+        """Write what is still counted, also of payloads that never completed, and close the file."""
+        for payload_id, count in self._chunks.items():
+            result = self._open.get(payload_id)
+            self._write("PayloadChunk", {"task": result.task_id if result else payload_id, "complete": False}, count)
         if self._heartbeats:
             self._write("heartbeats", {})
-        self._file.close()
+        if self._unwritten:
+            self._log.error("the record of departures is incomplete", lost_bytes=len(self._unwritten))
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def record(self, frame: Frame) -> None:
         """Note a frame that has left."""
@@ -86,5 +99,31 @@ class Departures:
         if kind == "heartbeats":
             kind, message_count, self._heartbeats = "Heartbeat", self._heartbeats, 0
         line = {"time": round(self._clock(), 3), "message": kind, "count": message_count, **fields}
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        try:
+            while self._unwritten:
+                del self._unwritten[: append(self._file, self._unwritten)]
+        except OSError as error:
+            self._log.error("departures are kept in memory until the disk accepts writes", reason=error.strerror)
+
+
+def append(file: BinaryIO, data: bytes | bytearray) -> int:
+    """Write to an unbuffered file opened for appending; returns how many bytes it took. Raises `OSError`."""
+    return file.write(data)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Every entry of a record; a line that a crash cut off is passed over. Raises `OSError`."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _line_end(path: Path) -> bytearray:
+    """What to write first: a crash may have cut the last line off, and it must not swallow the next one."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        return bytearray(b"" if file.read() in (b"", b"\n") else b"\n")

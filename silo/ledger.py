@@ -3,7 +3,8 @@
 Rules of the file:
 * `step` returns the next ledger and the effects; the driver performs them in order. Each is idempotent by task id.
 * A result is FINISHED only once it is durable in the spool. It leaves the ledger only with its verdict.
-* Private tensors advance with ACCEPTED (or DUPLICATE: accepted earlier), and with nothing else.
+* Private tensors advance with ACCEPTED (or DUPLICATE: accepted earlier), and with nothing else. So work of an
+  experiment does not begin while an earlier result of it awaits its verdict: it would begin from outdated ones.
 
     offered --accepted--> WAITING --tensors here--> QUEUED --turn--> RUNNING --outcome durable--> FINISHED --verdict-->
        |                     |                        |                 |
@@ -33,6 +34,7 @@ class Hold:
     """One task the silo took."""
 
     task_id: str
+    experiment_id: str
     state: HoldState
 
 
@@ -63,6 +65,7 @@ class Offered:
     """A task was offered; `refusal` is what the policy says, None if it allows the task."""
 
     task_id: str
+    experiment_id: str
     has_tensors: bool
     refusal: RefusalReason | None = None
     message: str = ""
@@ -181,7 +184,8 @@ def step(ledger: Ledger, event: LedgerEvent) -> tuple[Ledger, Effects]:
             return ledger, (StoreCancelled(task_id),)
         case VerdictArrived(task_id, verdict) if ledger.state(task_id) is HoldState.FINISHED:
             accepted = verdict in (Verdict.ACCEPTED, Verdict.DUPLICATE)
-            return _without(ledger, task_id), (Promote(task_id) if accepted else Forget(task_id),)
+            settled, effects = _start_next(_without(ledger, task_id))
+            return settled, (Promote(task_id) if accepted else Forget(task_id), *effects)
         case SessionUp(obsolete):
             return _session_up(ledger, obsolete)
         case SessionDown():
@@ -216,7 +220,7 @@ def _offered(ledger: Ledger, offer: Offered) -> tuple[Ledger, Effects]:
     if len(ledger.holds) >= MAX_HELD:
         return ledger, (Reply(task_id, RefusalReason.BUSY, f"this silo already holds {MAX_HELD} tasks"),)
     state = HoldState.WAITING if offer.has_tensors else HoldState.QUEUED
-    taken, effects = _start_next(replace(ledger, holds=(*ledger.holds, Hold(task_id, state))))
+    taken, effects = _start_next(replace(ledger, holds=(*ledger.holds, Hold(task_id, offer.experiment_id, state))))
     return taken, (Reply(task_id), *effects)
 
 
@@ -227,7 +231,9 @@ def _session_up(ledger: Ledger, obsolete: tuple[str, ...]) -> tuple[Ledger, Effe
 
 
 def _start_next(ledger: Ledger) -> tuple[Ledger, Effects]:
-    queued = next((hold.task_id for hold in ledger.holds if hold.state is HoldState.QUEUED), None)
+    unsettled = {hold.experiment_id for hold in ledger.holds if hold.state is HoldState.FINISHED}
+    startable = (h for h in ledger.holds if h.state is HoldState.QUEUED and h.experiment_id not in unsettled)
+    queued = next((hold.task_id for hold in startable), None)
     if ledger.running is not None or queued is None:
         return ledger, ()
     return _with_state(ledger, queued, HoldState.RUNNING), (Start(queued),)
@@ -241,7 +247,8 @@ def _forget(ledger: Ledger, task_ids: list[str]) -> tuple[Ledger, Effects]:
 
 
 def _with_state(ledger: Ledger, task_id: str, state: HoldState) -> Ledger:
-    return replace(ledger, holds=tuple(Hold(task_id, state) if h.task_id == task_id else h for h in ledger.holds))
+    holds = tuple(replace(hold, state=state) if hold.task_id == task_id else hold for hold in ledger.holds)
+    return replace(ledger, holds=holds)
 
 
 def _without(ledger: Ledger, task_id: str) -> Ledger:

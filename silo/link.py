@@ -1,6 +1,7 @@
 """Keeps one session with the coordinator open: dial, introduce, pump, and after a loss back off and dial again."""
 
 import asyncio
+import enum
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ import fedrt
 from fedrt.certificates import Expectation
 from fedrt.errors import IdentityError, PayloadError, RemoteProtocolError
 from fedrt.identity import Role as IdentityRole
-from fedrt.methods import method_names
 from fedrt.metrics import SiloMetrics
 from fedrt.session.connection import Phase, Role, TaskPhase
 from fedrt.session.frames import (
@@ -32,7 +32,7 @@ from fedrt.session.frames import (
 )
 from fedrt.task import RefusalReason, Result
 from fedrt.tls import IdentityFiles, channel_credentials, explain_handshake_failure
-from fedrt.transport import GRPC_OPTIONS, SilenceError, Transport
+from fedrt.transport import GRPC_OPTIONS, SilenceError, StreamEndedError, Transport
 from fedrt.v1 import session_service_pb2_grpc
 from silo import ledger as ledgers
 from silo.agent import Agent, OfferArrived, SessionDown, SessionUp, TensorsArrived
@@ -40,6 +40,14 @@ from silo.departures import Departures
 from silo.work import WorkerReport
 
 _REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
+
+
+class Ended(enum.Enum):
+    """How a session ended, as far as it matters for the next attempt."""
+
+    SERVED = "served"
+    TURNED_AWAY = "turned away"  # the coordinator has no room for us or for our results now
+    UNANSWERED = "unanswered"
 
 
 @dataclass(frozen=True)
@@ -139,21 +147,22 @@ class Link:
         self._random = random.Random()  # noqa: S311  # jitter, not a secret
         self._session: CoordinatorSession | None = None
         self._finished = asyncio.Event()
+        self._draining: float | None = None
         self.on_connected: Callable[[], None] = lambda: None
 
     async def run(self) -> None:
         """Keep a session open until `finish`."""
-        attempt = sessions = 0
+        sessions, ceiling = 0, self._dialling.initial_delay
         while not self._finished.is_set():
-            welcomed = await self._one_session(first=sessions == 0)
-            if welcomed:
+            ended = await self._one_session(first=sessions == 0)
+            if ended is not Ended.UNANSWERED:
                 sessions += 1
-                attempt = 0
+            if ended is Ended.SERVED:
+                ceiling = self._dialling.initial_delay
             if self._finished.is_set():
                 return
-            ceiling = min(self._dialling.max_delay, self._dialling.initial_delay * 2**attempt)
             delay = self._random.uniform(0.1, 1.0) * ceiling
-            attempt += 1
+            ceiling = min(2 * ceiling, self._dialling.max_delay)
             self._log.info("dialling again", seconds=round(delay, 2))
             try:
                 async with asyncio.timeout(delay):
@@ -162,9 +171,15 @@ class Link:
                 continue
 
     def drain(self, grace_period: float) -> None:
-        """Tell the coordinator, if connected, that the silo is stopping."""
+        """Tell the coordinator that the silo is stopping, now or as soon as a session is open."""
+        self._draining = grace_period
         if self._session is not None:
             self._session.drain(grace_period)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the coordinator has welcomed us and may settle results."""
+        return self._session is not None and self._session.welcomed
 
     def finish(self) -> None:
         """End the session once everything queued is written, and do not dial again."""
@@ -172,8 +187,8 @@ class Link:
         if self._session is not None:
             self._session.transport.finish()
 
-    async def _one_session(self, first: bool) -> bool:
-        """Dial and pump; returns whether the coordinator welcomed us."""
+    async def _one_session(self, first: bool) -> Ended:
+        """Dial and pump until the session ends."""
         settings = self._dialling
         expected = Expectation(IdentityRole.SILO, settings.federation)
         options: list[tuple[str, int | str]] = [*GRPC_OPTIONS, ("grpc.enable_retries", 0)]
@@ -188,7 +203,7 @@ class Link:
             transport.post(
                 Hello(
                     software_version=fedrt.__version__,
-                    methods=tuple(method_names()),
+                    methods=self._report.methods,
                     held_tasks=self._agent.held,
                     device=self._report.device,
                     memory_bytes=self._report.memory_bytes,
@@ -200,14 +215,16 @@ class Link:
                     self._log.info("session ended by the coordinator")
             except grpc.aio.AioRpcError as error:
                 self._explain(error, session.welcomed)
-            except (RemoteProtocolError, SilenceError) as error:
+                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    return Ended.TURNED_AWAY
+            except (RemoteProtocolError, SilenceError, StreamEndedError) as error:
                 self._log.warning("session lost", reason=str(error))
             finally:
                 self._session = None
                 self._metrics.connected.set(0)
                 self._agent.submit(SessionDown(session))
                 call.cancel()
-        return session.welcomed
+        return Ended.SERVED if session.welcomed else Ended.UNANSWERED
 
     def _on_frame(self, session: CoordinatorSession, frame: Frame, first: bool) -> None:
         if isinstance(frame, Welcome):
@@ -217,6 +234,8 @@ class Link:
             self._log.info("session open", session=frame.session_id, coordinator_version=frame.software_version)
             self.on_connected()
         session.on_frame(frame)
+        if isinstance(frame, Welcome) and self._draining is not None:
+            session.drain(self._draining)
 
     def _sent(self, frame: Frame) -> None:
         self._departures.record(frame)

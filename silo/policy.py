@@ -29,7 +29,7 @@ class Refusal:
 
 def judge(task: Task, policy: Policy, report: WorkerReport) -> Refusal | None:
     """None if the silo takes the task. The site's own rules come first."""
-    return _judge_policy(task, policy, report) or _judge_method(task) or _judge_model(task, report)
+    return _judge_policy(task, policy, report) or _judge_method(task, report) or _judge_model(task, report)
 
 
 def _judge_policy(task: Task, policy: Policy, report: WorkerReport) -> Refusal | None:
@@ -47,14 +47,18 @@ def _judge_policy(task: Task, policy: Policy, report: WorkerReport) -> Refusal |
     return None
 
 
-def _judge_method(task: Task) -> Refusal | None:
+def _judge_method(task: Task, report: WorkerReport) -> Refusal | None:
     name = task.local.method_name
     if name not in method_names():
         return _mismatch(f"method {name!r} is not installed at this silo; installed are {', '.join(method_names())}")
+    if name not in report.methods:
+        return _mismatch(f"the local half of method {name!r} is not installed at this silo; install its whole package")
     try:
         specs = task.local.tensors()
     except SpecError as error:
         return _mismatch(str(error))
+    except Exception as error:  # a third-party method is a plugin: its bug refuses one task, nothing else
+        return _mismatch(f"method {name!r} cannot be built at this silo: {type(error).__name__}")
     if schema_sha256(specs) != task.schema_sha256:
         return _mismatch(f"this silo's {name!r} declares other tensors than the coordinator's; install equal versions")
     return None

@@ -1,17 +1,19 @@
 """Results that await their verdict, one file each, durable before they are sent."""
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import safetensors.numpy
 from pydantic import TypeAdapter
 
 from fedrt.errors import StorageError
 from fedrt.payload import describe
-from fedrt.statefile import ensure_private_directory, storage_error, write_atomic_by
+from fedrt.statefile import ensure_private_directory, remove_unfinished, storage_error, write_atomic_by
 from fedrt.task import Failure, Outcome, Result, Success, TaskKind
 from fedrt.tensors import Tensors
 
@@ -45,6 +47,7 @@ class Spool:
 
     def __init__(self, directory: Path) -> None:
         ensure_private_directory(directory)
+        remove_unfinished(directory)
         self._directory = directory
 
     def put(self, result: Spooled) -> None:
@@ -76,12 +79,17 @@ class Spool:
         return [_read(path) for path in paths]
 
     def remove(self, task_id: str) -> None:
-        """Forget a result; nothing happens if there is none."""
-        self._path(task_id).unlink(missing_ok=True)
+        """Forget a result; nothing happens if there is none. Raises `StorageError`."""
+        path = self._path(task_id)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error("remove", path, error) from error
 
     def size(self) -> tuple[int, int]:
         """How many results lie here, and their bytes."""
-        sizes = [path.stat().st_size for path in self._directory.glob("*.safetensors")]
+        with os.scandir(self._directory) as entries:
+            sizes = [entry.stat().st_size for entry in entries if entry.name.endswith(".safetensors")]
         return len(sizes), sum(sizes)
 
     def _path(self, task_id: str) -> Path:
@@ -93,17 +101,21 @@ def _read(path: Path) -> Spooled:
         with safetensors.safe_open(path, "numpy") as file:
             about = json.loads(file.metadata()["result"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        return _parse(about, tensors)
     except OSError as error:
         raise storage_error("read", path, error) from error
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StorageError(f"spool file '{path}' is damaged; remove it, and its task is computed again") from error
-    outcome_type: type[Success] | type[Failure] = Success if about["outcome_kind"] == "Success" else Failure
+
+
+def _parse(about: dict[str, Any], tensors: Tensors) -> Spooled:
+    kinds: dict[str, type[Success] | type[Failure]] = {"Success": Success, "Failure": Failure}
     return Spooled(
         task_id=about["task_id"],
         experiment_id=about["experiment_id"],
         round_number=about["round_number"],
         kind=TaskKind(about["kind"]),
-        outcome=TypeAdapter(outcome_type).validate_python(about["outcome"]),
+        outcome=TypeAdapter(kinds[about["outcome_kind"]]).validate_python(about["outcome"]),
         shared={name.removeprefix(_SHARED): a for name, a in tensors.items() if name.startswith(_SHARED)},
         private={name.removeprefix(_PRIVATE): a for name, a in tensors.items() if name.startswith(_PRIVATE)},
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import safetensors.numpy
 
 from fedrt.errors import StorageError
-from fedrt.statefile import ensure_private_directory, storage_error, write_atomic
+from fedrt.statefile import ensure_private_directory, remove_unfinished, storage_error, write_atomic
 from fedrt.tensors import Tensors
 
 
@@ -15,6 +15,7 @@ class Vault:
 
     def __init__(self, directory: Path) -> None:
         ensure_private_directory(directory)
+        remove_unfinished(directory)
         self._directory = directory
 
     def load(self, experiment_id: str) -> Tensors:

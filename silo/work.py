@@ -48,6 +48,7 @@ class WorkerReport:
     memory_bytes: int
     class_counts: Mapping[str, Mapping[str, int]]  # split -> class name -> readable examples
     unreadable_count: int
+    methods: tuple[str, ...]  # whose local half is installed
 
     @property
     def example_count(self) -> int:

@@ -32,7 +32,7 @@ from silo.data.labels import match_classes
 from silo.evaluation import evaluate
 from silo.features import ExperimentData, FeatureCache
 from silo.method import LocalMethod, Params
-from silo.methods import find_local_method
+from silo.methods import find_local_method, local_method_names
 from silo.sources import ModelSource
 from silo.training import Plan, RoundPosition, Start, train
 from silo.work import OnProgress, WorkerReport, WorkOrder, WorkOutcome
@@ -85,6 +85,7 @@ class Workbench:
             memory_bytes=_memory_bytes(self._clip.device),
             class_counts=self._cache.class_counts,
             unreadable_count=self._cache.unreadable_count,
+            methods=tuple(local_method_names()),
         )
 
     def perform(self, order: WorkOrder, on_progress: OnProgress) -> WorkOutcome:

@@ -31,6 +31,7 @@ from silo.worker_frames import (
 
 TERMINATION_LIMIT = 2.0  # seconds between SIGTERM and SIGKILL
 LINE_LIMIT = 4096  # characters of one line of the child's output
+LEVELS = ("INFO", "WARNING", "ERROR", "CRITICAL")
 PROGRAM = (sys.executable, "-P", "-m", "silo.worker_main")  # -P: what lies in the working directory is not imported
 
 
@@ -239,34 +240,42 @@ class ProcessWorker:
         return _Child(process, reader, writer, output)
 
     async def _pass_on(self, stream: asyncio.StreamReader) -> None:
-        """Log the child's output line by line; a line longer than the limit is cut into pieces."""
-        waiting = b""
+        """Log the child's output line by line; a line longer than the limit is cut into pieces.
+
+        A line without a level of its own has that of the line before: a traceback follows the error that it explains.
+        """
+        waiting, level = b"", "INFO"
         while piece := await stream.read(LINE_LIMIT):
             *lines, waiting = (waiting + piece).split(b"\n")
             if len(waiting) >= LINE_LIMIT:
                 lines, waiting = [*lines, waiting], b""
             for line in lines:
-                self._log_line(line)
-        self._log_line(waiting)
+                level = self._log_line(line, level)
+        self._log_line(waiting, level)
 
-    def _log_line(self, line: bytes) -> None:
+    def _log_line(self, line: bytes, level: str) -> str:
+        """Log a line at its own level or else at this one; returns which."""
         text = line.decode(errors="replace").rstrip()
-        level, _, rest = text.partition(" ")
-        match level:
-            case "WARNING":
-                self._log.warning("worker", line=rest)
-            case "ERROR" | "CRITICAL":
-                self._log.error("worker", line=rest)
-            case "INFO":
-                self._log.info("worker", line=rest)
-            case _ if text:
-                self._log.info("worker", line=text)
+        first, _, rest = text.partition(" ")
+        if first in LEVELS:
+            level, text = first, rest
+        if text:
+            match level:
+                case "WARNING":
+                    self._log.warning("worker", line=text)
+                case "ERROR" | "CRITICAL":
+                    self._log.error("worker", line=text)
+                case _:
+                    self._log.info("worker", line=text)
+        return level
 
 
 def _environment() -> dict[str, str]:
-    """Ours, and where this package lies, if it is not installed."""
+    """Ours, where this package lies if it is not installed, and what makes cuBLAS add in a fixed order."""
+    environment = dict(os.environ)
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     place = Path(silo.__file__).resolve().parent.parent
-    if place.name in ("site-packages", "dist-packages"):
-        return dict(os.environ)
-    others = os.environ.get("PYTHONPATH")
-    return os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{others}" if others else str(place)}
+    if place.name not in ("site-packages", "dist-packages"):
+        others = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = f"{place}{os.pathsep}{others}" if others else str(place)
+    return environment

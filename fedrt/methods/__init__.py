@@ -30,7 +30,10 @@ def find_method(name: str) -> type[Method]:
         return BUILT_IN[name]
     for point in _installed():
         if point.name == name:
-            loaded: type[Method] = point.load()
+            try:
+                loaded: type[Method] = point.load()
+            except Exception as error:  # whatever a third-party package raises while it is imported
+                raise SpecError(f"method {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
             return loaded
     close = difflib.get_close_matches(name, method_names(), 1)
     hint = f"did you mean {close[0]!r}?" if close else f"installed are {method_names()}"

@@ -139,10 +139,9 @@ class Connection:
         return payload_id in self._speakers[self.our_role].payloads
 
     @property
-    def busy(self) -> bool:
-        """Whether a result of ours still waits for its acknowledgement or a payload for its last chunk."""
-        waiting = self.our_role is Role.SILO and TaskPhase.RETURNED in self._tasks.values()
-        return waiting or bool(self._speakers[self.our_role].payloads)
+    def may_announce(self) -> bool:
+        """Whether one more payload of ours may be announced."""
+        return len(self._speakers[self.our_role].payloads) < MAX_OPEN_PAYLOADS
 
     def _speak(self, role: Role, frame: Frame, error: type[ProtocolError]) -> None:
         speaker = self._speakers[role]

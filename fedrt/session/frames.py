@@ -7,12 +7,12 @@ import enum
 from dataclasses import dataclass
 
 from fedrt.errors import PayloadError
-from fedrt.payload import Chunk, Manifest
+from fedrt.payload import MAX_ID_LENGTH, MAX_NAME_LENGTH, Chunk, Manifest
 from fedrt.task import RefusalReason, Result, Task, TaskKind, Verdict
 
-MAX_ID_LENGTH = 200
 MAX_TEXT_LENGTH = 2000
 MAX_LIST_LENGTH = 1000
+MAX_NAMES = 100  # in a list that every session stores
 
 
 def _check_id(value: str) -> None:
@@ -61,9 +61,12 @@ class Hello:
 
     def __post_init__(self) -> None:
         for text in (self.software_version, self.device, *self.methods, *self.capabilities):
-            _check_text(text)
-        for items in (self.methods, self.held_tasks, self.capabilities):
-            _check_list(items)
+            if len(text) > MAX_NAME_LENGTH:
+                raise PayloadError(f"a name in Hello has {len(text)} characters; allowed are {MAX_NAME_LENGTH}")
+        for names in (self.methods, self.capabilities):
+            if len(names) > MAX_NAMES:
+                raise PayloadError(f"a list of names in Hello has {len(names)} items; allowed are {MAX_NAMES}")
+        _check_list(self.held_tasks)
 
 
 @dataclass(frozen=True)

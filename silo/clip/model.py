@@ -14,7 +14,14 @@ from silo.clip.architecture import Architecture, find_architecture
 from silo.clip.images import has_patches, image_features
 from silo.clip.text import ClassPosition, ClipTextTower, embed
 from silo.clip.tokens import Vocabulary
-from silo.clip.weights import WeightsFile, file_sha256, fill, find_weights, read_checkpoint
+from silo.clip.weights import (
+    WeightsFile,
+    file_sha256,
+    fill,
+    find_weights,
+    published_with_quick_gelu,
+    read_checkpoint,
+)
 from silo.method import ImageFeatures
 from silo.sources import ModelSource
 
@@ -29,7 +36,8 @@ def load_clip(source: ModelSource) -> "FrozenClip":
     weights = find_weights(source)
     digest = file_sha256(weights.path)
     checkpoint = read_checkpoint(weights.path, digest)
-    model = architecture.build(weights.quick_gelu or checkpoint.openai)
+    quick_gelu = weights.quick_gelu or checkpoint.openai or published_with_quick_gelu(digest)
+    model = architecture.build(quick_gelu)
     fill(model, checkpoint.tensors, source)
     return FrozenClip(
         architecture=architecture.name,

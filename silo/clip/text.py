@@ -60,6 +60,7 @@ class ClipTextTower:
         rows = [entry.rows + (vocabulary.end,) * (longest - len(entry.rows)) for entry in self._classes]
         self._suffix = embed(model, torch.tensor(rows, device=device))  # [C, S, E]
         self._start = embed(model, torch.tensor([vocabulary.start], device=device))  # [1, E]
+        self._handcrafted: Tensor | None = None
         self._scale: Tensor = model.logit_scale.detach().exp().reshape(())
 
     @property
@@ -80,11 +81,17 @@ class ClipTextTower:
         return self._encode(context, self._position)
 
     def handcrafted(self) -> Tensor:
-        """Unit-norm features [C, D] of "a photo of a {class}.", without gradient."""
-        rows = self._vocabulary.encode(HANDCRAFTED)
-        phrase = embed(self._model, torch.tensor(rows, device=self._start.device))
-        with torch.no_grad():
-            return self._encode(phrase.expand(len(self._classes), -1, -1), ClassPosition.END)
+        """Unit-norm features [C, D] of "a photo of a {class}.", without gradient; always the same tensor.
+
+        It is computed once, in the model's own precision, whatever autocast the first caller trains under: it serves
+        later experiments as well.
+        """
+        if self._handcrafted is None:
+            device = self._start.device
+            phrase = embed(self._model, torch.tensor(self._vocabulary.encode(HANDCRAFTED), device=device))
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                self._handcrafted = self._encode(phrase.expand(len(self._classes), -1, -1), ClassPosition.END)
+        return self._handcrafted
 
     def _encode(self, context: Tensor, position: ClassPosition) -> Tensor:
         *leading, classes, length, width = context.shape

@@ -6,7 +6,7 @@ import struct
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from open_clip.pretrained import (
     download_pretrained,
     get_pretrained_cfg,
     get_pretrained_url,
+    list_pretrained,
     list_pretrained_models_by_tag,
     list_pretrained_tags_by_model,
 )
@@ -101,12 +102,18 @@ def _find_tag(architecture: str, tag: str) -> WeightsFile:
     try:
         path = Path(download_pretrained(entry))
     except (OSError, RuntimeError) as error:
+        quick = f" and model.architecture to {_quick(architecture)!r}" if entry.get("quick_gelu") else ""
         raise ConfigurationError(
             f"the weights {tag!r} of {architecture!r} could not be downloaded ({type(error).__name__}); "
-            "copy the file here from a machine with access and set model.weights to its path"
+            f"copy the file here from a machine with access and set model.weights to its path{quick}"
         ) from error
     preprocess = {key: entry[key] for key in _PREPROCESS_KEYS if key in entry}
     return WeightsFile(path, bool(entry.get("quick_gelu")), preprocess)
+
+
+def _quick(architecture: str) -> str:
+    """The architecture that states the activation, which a file does not, unlike a tag."""
+    return f"{architecture.removesuffix('-quickgelu')}-quickgelu"
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,25 @@ def published_digests() -> frozenset[str]:
     """The SHA-256 of the TorchScript archives that OpenAI published, as their addresses carry them."""
     addresses = (get_pretrained_url(model, "openai") for model in list_pretrained_models_by_tag("openai"))
     return frozenset(address.split("/")[-2] for address in addresses if "openaipublic" in address)
+
+
+def published_with_quick_gelu(sha256: str) -> bool:
+    """Whether open_clip's table says of the file with this SHA-256 that it was trained with QuickGELU.
+
+    The table has digests of files published by OpenAI (whole) and at open_clip's own address (their first 8 digits), in
+    their addresses; of those on the Hugging Face hub it has none.
+    """
+    for model, tag in list_pretrained():
+        address = get_pretrained_url(model, tag) or ""
+        if "openaipublic" in address:
+            known = address.split("/")[-2]
+        elif "mlfoundations" in address:
+            known = PurePosixPath(address).stem.rpartition("-")[2]
+        else:
+            continue
+        if sha256.startswith(known) and get_pretrained_cfg(model, tag).get("quick_gelu"):
+            return True
+    return False
 
 
 def _check_published(path: Path, sha256: str) -> None:

@@ -7,7 +7,9 @@
 * CMYK: as Pillow converts it, with Adobe's inverted JPEG files understood.
 * EXIF orientation is applied; of several frames or pages the first counts.
 * Unreadable: truncated or damaged files, more than `MAX_PIXELS` pixels, floating-point pixels and 32-bit values beyond
-  16 bits: these have no range that one could agree on.
+  16 bits: these have no range that one could agree on. Also a long side of more than `MAX_RATIO` times the short one:
+  the short side is scaled to the model's input before the crop, so that a line of 60000 x 1 pixels would take
+  gigabytes. At this ratio an input of 378 pixels takes 21 MiB.
 """
 
 import struct
@@ -19,6 +21,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound: a quarter of a GiB as RGB
+MAX_RATIO = 50  # of the long to the short side
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 # What Pillow's decoders are known to raise on damaged files. Without `MemoryError`: that is not the file's fault.
@@ -55,7 +58,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def check_header(path: Path) -> None:
-    """Raise `UnreadableImage` if the file is missing, of no known type or too large; its pixels are not decoded."""
+    """Raise `UnreadableImage` if the file is missing, of no known type, too large or too narrow; decodes no pixels."""
     try:
         with Image.open(path) as image:
             _check_size(image)
@@ -67,6 +70,11 @@ def _check_size(image: Image.Image) -> None:
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise UnreadableImage(f"{pixels} pixels; allowed are {MAX_PIXELS}")
+    short, long = sorted(image.size)
+    if long > MAX_RATIO * short:
+        raise UnreadableImage(
+            f"{image.width} x {image.height} pixels; one side is more than {MAX_RATIO} times the other"
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,5 @@
 """What left the building, read from a silo's own record, and checked against what its method may send."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrt.tensors import Scope, TensorSpec, of_scope
+from silo.departures import read_lines
 
 MESSAGES = frozenset({"Hello", "Heartbeat", "TaskReply", "TaskProgress", "TaskResult", "PayloadChunk", "Drain"})
 METRICS = frozenset({"accuracy", "loss"})  # means over many images
@@ -51,7 +51,7 @@ class Departed:
 
 def read_departures(path: Path) -> Departed:
     """Add up a silo's departures.jsonl."""
-    return add_up(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return add_up(read_lines(path))
 
 
 def add_up(entries: Iterable[Mapping[str, Any]]) -> Departed:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import grpc
 
+from fedrt.log import configure_logging
 from fedrt.tls import IdentityFiles, channel_credentials, server_credentials
 from fedrt.transport import GRPC_OPTIONS
 from fedrt.v1 import session_service_pb2 as session_pb
@@ -158,6 +159,7 @@ async def main() -> None:
     parser.add_argument("--apart", action="store_true", help="one process per silo")
     parser.add_argument("--bare-client", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    configure_logging("error", "console")
     if options.bare_client:
         directory, address, count, payload = options.bare_client
         await bare_client(directory, address, int(count), int(payload))

@@ -20,6 +20,7 @@ from pathlib import Path
 import grpc
 
 from fedrt.architectures import clip_dims
+from fedrt.log import configure_logging
 from fedrt.spec import EvaluationSpec, ExperimentSpec, LocalSpec, ModelSpec, RoundsSpec, TrainingSpec
 from fedrt.statefile import write_atomic
 from silo.clip import weights_sha256
@@ -87,6 +88,7 @@ async def first_result(directory: Path, warm: bool) -> float:
 
 
 async def main() -> None:
+    configure_logging("error", "console")
     seconds = {}
     for name, warm in (("cold", False), ("warm", True)):
         with tempfile.TemporaryDirectory() as directory:

@@ -34,14 +34,38 @@ def test_version_and_schema():
     assert {"coordinator", "identity", "model", "data", "policy"} <= set(schema["properties"])
 
 
+def write_images(root: Path, counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (32, 32), (40 * index, 90, 10)).save(root / name / f"{index}.png")
+
+
 def test_check_config_prints_what_is_in_effect(federation: Federation, tmp_path: Path):
+    write_images(tmp_path / "data", {"train/cat": 3, "train/dog": 4, "test/cat": 1})
     done = run("fedrt-silo", "check-config", "-c", federation.silo_yaml("north"))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     effective = yaml.safe_load(done.stdout)
     assert effective["policy"] == {"methods": ["*"], "experiments": ["*"], "min_examples": 1}
     assert "# silo 'north' of federation 'test', certificate valid until " in done.stdout
+    assert done.stdout.splitlines()[-2:] == ["# train: 7 images of 2 classes", "# test: 1 image of 1 class"]
     assert not (tmp_path / "silo-north").exists()  # checking makes nothing
+
+
+def test_check_config_finds_a_folder_without_images(federation: Federation, tmp_path: Path):
+    done = run("fedrt-silo", "check-config", "-c", federation.silo_yaml("north"))
+    assert_one_message(done, 78, f"data.root '{tmp_path}/data' holds no images", "<class>/<image>")
+    assert done.stdout == ""
+
+
+def test_check_config_finds_a_broken_manifest(federation: Federation, tmp_path: Path):
+    config, manifest = federation.silo_yaml("north"), tmp_path / "images.csv"
+    manifest.write_text("path,labl\na.png,cat\n")
+    layout = f"layout: manifest, manifest: {manifest}"
+    config.write_text(config.read_text().replace("layout: image_folder", layout))
+    done = run("fedrt-silo", "check-config", "-c", config)
+    assert_one_message(done, 78, f"data.manifest '{manifest}' has no column 'label'")
 
 
 @pytest.mark.parametrize("command", ["check-config", "run"])
@@ -233,10 +257,7 @@ async def test_its_metrics_answer_and_move(federation: Federation, tmp_path: Pat
 async def test_the_real_daemon_with_its_worker_serves_and_leaves_no_process_behind(
     federation: Federation, tmp_path: Path
 ):
-    for name in ("cat", "dog"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for index in range(3):
-            Image.new("RGB", (32, 32), (40 * index, 90, 10)).save(tmp_path / "data" / name / f"{index}.png")
+    write_images(tmp_path / "data", {"cat": 3, "dog": 3})
     federation.start_coordinator()
     with managed(tmp_path, SCRIPTS / "fedrt-silo", "run", "-c", federation.silo_yaml("north")) as manager:
         await asyncio.to_thread(manager.hear, "READY=1")

@@ -35,6 +35,7 @@ from coordinator.rounds import (
     RoundPhase,
     Settle,
     Tick,
+    Withdrawn,
 )
 from coordinator.selection import Population
 from fedrt.errors import SpecError
@@ -121,7 +122,8 @@ def test_an_experiment_says_whom_it_waits_for():
     pending, effects = step(create("e1", experiment_spec(), "", 0.0), SilosChanged(), NOBODY_THERE, 0.0)
     assert effects == ()
     assert pending.state is ExperimentState.PENDING
-    assert pending.message == "waiting for silos: 0 of 3 needed are connected; not connected: north, south, west"
+    said = "waiting for silos: 0 of 3 needed are connected; not connected: north, south, west"
+    assert pending.message.startswith(said)
     running, _ = step(pending, SilosChanged(), ALL_THERE, 1.0)
     assert (running.state, running.message) == (ExperimentState.RUNNING, "")
 
@@ -172,9 +174,38 @@ def test_an_experiment_cancelled_while_aggregating_closes_its_round_as_failed():
 
 def test_an_experiment_that_fails_on_too_few_does_not_retry():
     experiment, _ = begun(on_too_few=OnTooFew.FAIL, retries=5)
-    failed, _ = step(experiment, ResultFailed("e1/1/train/north", "broken"), ALL_THERE, 1.0)
+    doomed, _ = step(experiment, ResultFailed("e1/1/train/north", "broken"), ALL_THERE, 1.0)
+    failed, _ = step(doomed, Tick(), ALL_THERE, 1.0 + rounds.LOST_GRACE)
     assert failed.state is ExperimentState.FAILED
     assert failed.message.startswith("round 1 (train) got 0 of the 3 results it needs: north: broken")
+
+
+def test_a_retry_keeps_the_results_that_are_here_and_asks_only_the_others():
+    """Or a silo's private tensors would advance twice in one round."""
+    experiment, _ = begun(on_too_few=OnTooFew.RETRY, retries=1)
+    assert not experiment.spec.rounds.min_results
+    for event in (ResultStored("e1/1/train/north"), ResultStored("e1/1/train/west")):
+        experiment, _ = step(experiment, event, ALL_THERE, 1.0)
+    gone = Population(ALL_THERE.known, frozenset({"south"}))
+    again, effects = step(experiment, ResultFailed("e1/1/train/south", "out of memory"), gone, 2.0)
+    assert [effect for effect in effects if isinstance(effect, Offer)] == [Offer("south", "e1/1/train-1/south")]
+    assert {ask.task_id: ask.state.value for ask in again.round.asks} == {
+        "e1/1/train/north": "returned",
+        "e1/1/train/west": "returned",
+        "e1/1/train-1/south": "offered",
+    }
+    done, effects = step(again, ResultStored("e1/1/train-1/south"), gone, 3.0)
+    assert effects[-1] == Aggregate(("e1/1/train/north", "e1/1/train/west", "e1/1/train-1/south"))
+    assert done.round.attempt == 1
+
+
+def test_a_failed_aggregation_is_not_tried_again():
+    experiment, _ = begun(on_too_few=OnTooFew.RETRY, retries=5)
+    for silo in ("north", "south", "west"):
+        experiment, _ = step(experiment, ResultStored(f"e1/1/train/{silo}"), ALL_THERE, 1.0)
+    failed, _ = step(experiment, Withdrawn("aggregation failed: KeyError: 'x'"), ALL_THERE, 2.0)
+    assert failed.state is ExperimentState.FAILED
+    assert failed.message == "round 1 (train): aggregation failed: KeyError: 'x'"
 
 
 def first_asked(experiment):

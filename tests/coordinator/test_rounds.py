@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.rounds import (
+    LOST_GRACE,
     REOFFER_DELAY,
     Aggregate,
     Aggregated,
@@ -97,10 +98,17 @@ def test_a_reported_failure_is_acknowledged_and_an_invalid_result_called_so():
     assert states(round_) == {"a": "absent", "b": "absent", "c": "offered"}
 
 
-def test_a_round_that_can_no_longer_succeed_is_closed_at_once_and_the_rest_cancelled():
-    round_, effects = after(collecting(), ResultFailed("t-a", "x"), ResultFailed("t-b", "y"))
+def test_a_round_that_can_no_longer_succeed_waits_a_moment_for_reasons_then_cancels_the_rest():
+    lost, effects = after(collecting(), ResultFailed("t-a", "x"), ResultFailed("t-b", "y"), now=10.0)
     why = "the round can no longer get enough results"
-    assert effects == (Settle("b", "t-b", Verdict.ACCEPTED, "y"), Cancel("c", "t-c", why))
+    assert effects == (Settle("b", "t-b", Verdict.ACCEPTED, "y"),)
+    assert next_tick(lost) == 10.0 + LOST_GRACE
+    assert step(lost, Tick(), 11.0) == (lost, ())
+    said, effects = step(lost, Refused("t-c", RefusalReason.POLICY, "no"), 11.0)
+    assert (said.phase, effects) == (RoundPhase.CLOSED, ())
+    assert absentees(said)[2] == ("c", "refused (policy): no")
+    round_, effects = step(lost, Tick(), 10.0 + LOST_GRACE)
+    assert effects == (Cancel("c", "t-c", why),)
     assert (round_.phase, round_.succeeded) == (RoundPhase.CLOSED, False)
     assert absentees(round_) == (("a", "x"), ("b", "y"), ("c", why))
 
@@ -157,7 +165,8 @@ def test_a_result_of_an_unknown_task_is_a_mistake_of_the_driver():
 
 
 def test_an_evaluation_is_closed_without_aggregation():
-    round_, effects = after(collecting(needed=1, kind=TaskKind.EVALUATE), *ALL_BACK)
+    evaluation = replace(collecting(needed=1, kind=TaskKind.EVALUATE), aggregates=False)
+    round_, effects = after(evaluation, *ALL_BACK)
     assert effects == (Settle("c", "t-c", Verdict.ACCEPTED),)
     assert (round_.phase, round_.succeeded) == (RoundPhase.CLOSED, True)
 
@@ -253,7 +262,9 @@ def test_whatever_happens_a_round_keeps_its_rules(round_, history):
         if round_.succeeded:
             assert sum(ask.state is AskState.RETURNED for ask in round_.asks) >= round_.needed
         if round_.phase is RoundPhase.COLLECTING:
-            assert standing(round_.asks, round_.needed) is Standing.PENDING
+            hopeless = standing(round_.asks, round_.needed) is Standing.LOST
+            assert hopeless == (round_.lost_time is not None)
+            assert standing(round_.asks, round_.needed) is not Standing.ENOUGH
             assert now < round_.deadline or not isinstance(event, Tick)
     assert len(settled) == len(set(settled))
     assert aggregates <= (0 if round_.kind is TaskKind.EVALUATE else 1)

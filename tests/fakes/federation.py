@@ -15,7 +15,6 @@ from certs.throwaway import Plan, prepare
 from coordinator import app as coordinator_app
 from coordinator.config import CoordinatorConfig, load_coordinator_config
 from fedrt.daemon import Lifecycle
-from fedrt.log import configure_logging
 from fedrt.payload import unpack
 from fedrt.spec import EvaluationSpec, ExperimentSpec, LocalSpec, ModelSpec, RoundsSpec, TrainingSpec
 from fedrt.v1 import admin_service_pb2 as pb
@@ -87,7 +86,6 @@ class Federation:
     running: dict[str, Daemon] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        configure_logging("error", "console")
         self.directory.mkdir(mode=0o700, exist_ok=True)
         prepare(self.directory / "certs", Plan("test", self.silos, ("alice",)), datetime.now(UTC))
 

@@ -16,7 +16,7 @@ WEIGHTS = "ab" * 32
 
 def report(context_dim: int = 512, feature_dim: int = 512, weights: str = WEIGHTS, examples: int = 100) -> WorkerReport:
     counts = {"train": {"cat": examples}, "test": {"cat": 10}}
-    return WorkerReport("ViT-B-16", weights, context_dim, feature_dim, "cpu", 0, counts, 0)
+    return WorkerReport("ViT-B-16", weights, context_dim, feature_dim, "cpu", 0, counts, 0, ("promptfl", "zeroshot"))
 
 
 def add_one(order: WorkOrder) -> WorkOutcome:

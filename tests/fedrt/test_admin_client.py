@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ from fedrt.tls import IdentityFiles, channel_credentials
 from fedrt.v1 import admin_service_pb2 as pb
 from fedrt.v1 import admin_service_pb2_grpc
 from fedrt.v1 import experiment_pb2 as experiment_pb
+from fedrt.v1 import task_pb2 as task_pb
 from fedrt.wire_values import chunk_to_pb, manifest_to_pb
 from tests.fakes.federation import Federation, free_port, make_spec
 from tests.fakes.workers import FakeWorker
@@ -88,6 +90,102 @@ async def test_events_are_taken_up_after_a_number(federation: Federation) -> Non
         events = await client.history(await ended(client, "e1"))
         async with contextlib.aclosing(client.watch("e1", after=events[1].event_number)) as rest:
             assert (await anext(rest)).event_number == events[2].event_number
+
+
+State = experiment_pb.Experiment
+
+
+def changed(state: int, round_number: int, message: str = "") -> pb.Event:
+    experiment = experiment_pb.Experiment(
+        experiment_id="e1",
+        state=state,  # type: ignore[arg-type]
+        round_number=round_number,
+        current_task_kind=task_pb.TASK_KIND_TRAIN,
+        status_message=message,
+    )
+    return pb.Event(experiment_changed=pb.ExperimentChanged(experiment=experiment))
+
+
+def closed(round_number: int, succeeded: bool = True) -> pb.Event:
+    return pb.Event(round_closed=pb.RoundClosed(round_number=round_number, succeeded=succeeded))
+
+
+class TellingCoordinator(admin_service_pb2_grpc.AdminServiceServicer):
+    """Has stored these events, and then tells the same ones again and again, at once or 20 ms apart, or nothing."""
+
+    def __init__(self, stored: list[pb.Event], then: list[pb.Event], pause: float = 0.02) -> None:
+        self.stored, self.then, self.pause = stored, then, pause
+
+    async def WatchEvents(self, request: Any, context: Any) -> AsyncIterator[pb.WatchEventsResponse]:
+        for event in self.stored:
+            yield pb.WatchEventsResponse(event=event)
+        while self.then:
+            for event in self.then:
+                await asyncio.sleep(self.pause)
+                yield pb.WatchEventsResponse(event=event)
+        await asyncio.sleep(60)
+
+    async def ListExperiments(self, request: Any, context: Any) -> pb.ListExperimentsResponse:
+        return pb.ListExperimentsResponse()
+
+
+BEGUN = [changed(State.STATE_PENDING, 1), changed(State.STATE_RUNNING, 1)]
+IN_ROUND_2 = [*BEGUN, closed(1), changed(State.STATE_RUNNING, 2)]
+RETRIED = [closed(2, False), changed(State.STATE_RUNNING, 2), closed(2, False), changed(State.STATE_RUNNING, 2)]
+NEXT_ROUND = [closed(2), changed(State.STATE_RUNNING, 3)]
+LATER = [closed(9), changed(State.STATE_RUNNING, 10)]
+WAITING = [changed(State.STATE_RUNNING, 2, "waiting for north"), changed(State.STATE_RUNNING, 2, "waiting for south")]
+ENDED = [closed(2), changed(State.STATE_SUCCEEDED, 2)]
+
+
+@pytest.mark.parametrize("pause", [0.02, 0.0])
+@pytest.mark.parametrize(
+    ("stored", "then", "expected"),
+    [
+        (IN_ROUND_2, [], IN_ROUND_2),
+        ([*IN_ROUND_2, *RETRIED], [], [*IN_ROUND_2, *RETRIED]),
+        ([*IN_ROUND_2, *NEXT_ROUND], [], IN_ROUND_2),  # what came after the answer is left out
+        (IN_ROUND_2, LATER, IN_ROUND_2),
+        ([*IN_ROUND_2, *RETRIED], LATER, [*IN_ROUND_2, *RETRIED]),
+        (IN_ROUND_2, WAITING, IN_ROUND_2),
+        ([*IN_ROUND_2, *ENDED], [], IN_ROUND_2),
+    ],
+    ids=["quiet", "retried", "next round", "rounds rush by", "retried and rush by", "silos come and go", "ended"],
+)
+async def test_the_past_ends_where_the_experiment_stands(
+    tmp_path: Path, stored: list[pb.Event], then: list[pb.Event], expected: list[pb.Event], pause: float
+) -> None:
+    experiment = IN_ROUND_2[-1].experiment_changed.experiment
+    async with serving(tmp_path / "s", TellingCoordinator(stored, then, pause)) as client:
+        await client.list_all()  # connect
+        began = time.monotonic()
+        async with asyncio.timeout(5):
+            events = await client.history(experiment)
+        took = time.monotonic() - began
+    assert events[: len(expected)] == expected
+    assert all(event in WAITING for event in events[len(expected) :])  # it stood there meanwhile as well
+    assert took < 0.25  # no pause; on a busy machine the round trips take a while
+
+
+async def test_the_past_of_an_experiment_that_has_ended_needs_no_second_request(tmp_path: Path) -> None:
+    stored = [*IN_ROUND_2, *ENDED]
+    coordinator = TellingCoordinator(stored, [])
+    async with serving(tmp_path / "s", coordinator) as client:
+        async with asyncio.timeout(5):
+            assert await client.history(stored[-1].experiment_changed.experiment) == stored
+
+
+async def test_the_past_of_an_experiment_while_its_rounds_rush_by(federation: Federation) -> None:
+    async with client_of(federation) as client:
+        await client.create("e1", make_spec(rounds=300, silos=("north",)))
+        async with asyncio.timeout(20):
+            while (experiment := await client.get("e1")).round_number < 20:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            events = await client.history(experiment)
+        trained = [event.round_closed.round_number for event in events if event.HasField("round_closed")]
+        assert max(trained) <= experiment.round_number
+        assert set(range(1, experiment.round_number)) <= set(trained)
+        await client.cancel("e1")
 
 
 async def test_all_pages(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,10 +315,16 @@ class FalseCoordinator(admin_service_pb2_grpc.AdminServiceServicer):
         raise ValueError("a bug")
 
 
+def false_coordinator(
+    path: Path, parts: list[pb.ExportExperimentResponse]
+) -> contextlib.AbstractAsyncContextManager[AdminClient]:
+    return serving(path, FalseCoordinator(parts))
+
+
 @contextlib.asynccontextmanager
-async def false_coordinator(path: Path, parts: list[pb.ExportExperimentResponse]) -> AsyncIterator[AdminClient]:
+async def serving(path: Path, service: admin_service_pb2_grpc.AdminServiceServicer) -> AsyncIterator[AdminClient]:
     server = grpc.aio.server()
-    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(FalseCoordinator(parts), server)
+    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(service, server)
     server.add_insecure_port(f"unix:{path}")
     await server.start()
     try:

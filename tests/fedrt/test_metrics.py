@@ -25,6 +25,10 @@ def test_coordinator_metrics(registry: CollectorRegistry) -> None:
     assert 'fedrt_coordinator_results_total{verdict="late"} 1.0' in text
     assert 'fedrt_coordinator_results_total{verdict="accepted"} 0.0' in text
     assert 'fedrt_coordinator_rounds_total{outcome="failed"} 0.0' in text
+    assert {line.split()[0] for line in text.splitlines() if line.startswith("fedrt_coordinator_rounds_total")} == {
+        'fedrt_coordinator_rounds_total{outcome="completed"}',
+        'fedrt_coordinator_rounds_total{outcome="failed"}',
+    }  # those that the orchestrator writes
     assert 'fedrt_coordinator_round_duration_seconds_bucket{le="0.03"} 1.0' in text
     assert 'fedrt_coordinator_experiments{state="running"} 2.0' in text
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedrt.errors import PayloadError
 from fedrt.payload import (
     CHUNK_BYTES,
+    MAX_ID_LENGTH,
     MAX_NAME_LENGTH,
     MAX_TENSORS,
     Assembler,
@@ -225,9 +226,9 @@ class TestManifest:
         with pytest.raises(PayloadError, match=f"digest has {size} bytes; expected are 32"):
             self.make(sha256=bytes(size))
 
-    @pytest.mark.parametrize("length", [0, MAX_NAME_LENGTH + 1])
-    def test_a_payload_id_has_1_to_128_characters(self, length):
-        assert self.make(payload_id="p" * MAX_NAME_LENGTH)
+    @pytest.mark.parametrize("length", [0, MAX_ID_LENGTH + 1])
+    def test_a_payload_id_has_1_to_200_characters(self, length):
+        assert self.make(payload_id="p" * MAX_ID_LENGTH)
         with pytest.raises(PayloadError, match=f"a payload id has {length} characters"):
             self.make(payload_id="p" * length)
 

@@ -8,9 +8,18 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrt.errors import PayloadError, SpecError
-from fedrt.session.frames import TaskOffer, TaskProgress, TaskReply, TaskResult, UnreadableOffer, UnreadableResult
-from fedrt.task import RefusalReason, Result, Success, TaskKind
+from fedrt.errors import FailureReason, PayloadError, SpecError
+from fedrt.session.frames import (
+    HeldState,
+    HeldTask,
+    TaskOffer,
+    TaskProgress,
+    TaskReply,
+    TaskResult,
+    UnreadableOffer,
+    UnreadableResult,
+)
+from fedrt.task import Failure, RefusalReason, Result, Success, TaskKind
 from fedrt.v1 import session_service_pb2 as session_pb
 from fedrt.v1 import task_pb2 as task_pb
 from fedrt.v1 import tensor_pb2 as tensor_pb
@@ -159,7 +168,6 @@ def without_outcome(result):
 
 RESULT_SPOILERS = {
     "no outcome": without_outcome,
-    "unknown failure reason": lambda result: setattr(result.failure, "reason", UNKNOWN),
     "unknown element type": lambda result: setattr(result.success.shared_tensors.tensors[0], "element_type", UNKNOWN),
     "wrong byte count": lambda result: setattr(result.success.shared_tensors, "byte_count", 3),
     "too many metrics": lambda result: result.success.metrics.update({f"m{number}": 0.0 for number in range(257)}),
@@ -180,21 +188,24 @@ def refusal_of(reason):
     return Request(task_reply=task_pb.TaskReply(task_id="t", refusal=task_pb.TaskRefusal(reason=reason)))
 
 
+def test_reasons_and_states_that_a_later_version_may_add_are_understood_as_the_nearest_known_one():
+    assert request_from_pb(refusal_of(UNKNOWN)) == TaskReply("t", RefusalReason.POLICY)
+    hello = session_pb.Hello(held_tasks=[session_pb.HeldTask(task_id="t", state=UNKNOWN)])
+    assert request_from_pb(Request(hello=hello)).held_tasks == (HeldTask("t", HeldState.RUNNING),)
+    failed = task_pb.TaskResult(task_id="t", failure=task_pb.TaskFailure(reason=UNKNOWN, message="new"))
+    outcome = request_from_pb(Request(task_result=failed)).result.outcome
+    assert outcome == Failure(FailureReason.INTERNAL, "new")
+
+
 @pytest.mark.parametrize(
     ("message", "complaint"),
     [
-        (refusal_of(UNKNOWN), "RefusalReason number 77 is not known to this version"),
-        (refusal_of(0), "RefusalReason number 0 is not known to this version"),
         (Request(task_reply=task_pb.TaskReply(task_id="t")), "a task reply holds no answer"),
         (Request(task_progress=task_pb.TaskProgress()), "an id has 0 characters"),
+        (Request(hello=session_pb.Hello(methods=["m"] * 101)), "names in Hello has 101 items; allowed are 100"),
         (
-            Request(hello=session_pb.Hello(held_tasks=[session_pb.HeldTask(task_id="t", state=UNKNOWN)])),
-            "HeldState number 77 is not known",
-        ),
-        (Request(hello=session_pb.Hello(methods=["m"] * 1001)), "a list has 1001 items; allowed are 1000"),
-        (
-            Request(hello=session_pb.Hello(resources=session_pb.Resources(device="d" * 2001))),
-            "a text has 2001 characters; allowed are 2000",
+            Request(hello=session_pb.Hello(resources=session_pb.Resources(device="d" * 129))),
+            "a name in Hello has 129 characters; allowed are 128",
         ),
         (Request(payload_chunk=tensor_pb.PayloadChunk(payload_id="p")), "a chunk has 0 bytes"),
         (

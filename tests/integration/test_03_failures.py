@@ -5,7 +5,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import grpc
 import numpy as np
@@ -16,12 +16,15 @@ from coordinator.active import ActiveExperiments
 from coordinator.orchestrator import Orchestrator
 from coordinator.store import Store
 from fedrt.errors import ExitCode, IdentityError, StorageError
+from fedrt.session.connection import MAX_OPEN_PAYLOADS
 from fedrt.session.frames import HeldState
 from fedrt.tensors import initial_tensors
 from fedrt.v1 import admin_service_pb2 as pb
+from fedrt.v1 import experiment_pb2
 from fedrt.v1 import session_service_pb2 as session_pb
 from fedrt.v1 import task_pb2 as task_pb
-from silo.departures import Departures
+from silo import departures
+from silo.link import Dialling, Ended, Link
 from silo.spool import Spool, Spooled
 from silo.vault import Vault
 from silo.work import WorkOrder, WorkOutcome
@@ -173,7 +176,7 @@ async def test_04_a_coordinator_that_dies_between_storing_and_acking_settles_aft
 
     def die_before_acting(orchestrator: Orchestrator) -> None:
         dropped.extend(orchestrator._due)
-        if len(dropped) == 3:  # two verdicts and the aggregation
+        if len(dropped) >= 3:  # two verdicts and the aggregation
             all_dropped.set()
 
     coordinator = federation.start_coordinator()
@@ -437,17 +440,16 @@ async def test_14_nothing_is_sent_while_a_silos_disk_is_full(
 async def test_15_a_full_disk_under_the_record_of_departures_does_not_end_the_silo(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = Departures.record
-    refusals = 3
+    append, refusals = departures.append, 3
 
-    def fragile(self: Departures, frame: Any) -> None:
+    def fragile(file: BinaryIO, line: bytes) -> None:
         nonlocal refusals
-        if type(frame).__name__ == "TaskResult" and refusals:
+        if b"TaskResult" in line and refusals:
             refusals -= 1
             raise OSError(28, "No space left on device")
-        record(self, frame)
+        append(file, line)
 
-    monkeypatch.setattr(Departures, "record", fragile)
+    monkeypatch.setattr(departures, "append", fragile)
     federation.start_coordinator()
     silo = federation.start_silo("north", FakeWorker(growing))
     await federation.create("unrecorded", make_spec(ROUNDS, ("north",)))
@@ -458,6 +460,9 @@ async def test_15_a_full_disk_under_the_record_of_departures_does_not_end_the_si
         federation.running.pop("north")
         silo.task.result()
     await finished
+    assert refusals == 0
+    written = (federation.directory / "silo-north" / "departures.jsonl").read_text()
+    assert written.count('"TaskResult"') == ROUNDS + 1  # all, also those that the disk refused first
 
 
 async def test_16_a_silo_that_is_stopped_finishes_delivers_and_leaves(federation: Federation, logs: Logs) -> None:
@@ -619,3 +624,34 @@ async def test_22_a_stream_that_ends_while_the_silo_is_about_to_write_is_a_lost_
         silo.task.result()
     await finished
     assert not dead
+
+
+async def test_23_an_outage_of_any_length_does_not_end_a_silo(monkeypatch: pytest.MonkeyPatch) -> None:
+    link, dials = object.__new__(Link), 0
+    dialling = Dialling("localhost:1", None, None, None, initial_delay=1e-9, max_delay=2e-9)  # type: ignore[arg-type]
+    link.__init__(dialling, None, None, None, None)  # type: ignore[misc]
+
+    async def unanswered(first: bool) -> Ended:
+        nonlocal dials
+        dials += 1
+        if dials == 3000:
+            link.finish()
+        return Ended.UNANSWERED
+
+    monkeypatch.setattr(link, "_one_session", unanswered)
+    await asyncio.wait_for(link.run(), 20)
+    assert dials == 3000
+
+
+async def test_24_more_experiments_than_a_session_has_payloads_are_served_one_after_the_other(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.rounds.REOFFER_DELAY", 0.1)  # a silo holds 16 tasks and is busy beyond
+    names = [f"e{number}" for number in range(MAX_OPEN_PAYLOADS + 2)]
+    federation.start_coordinator()
+    for name in names:
+        await federation.create(name, make_spec(1, ("north",)))
+    federation.start_silo("north", FakeWorker(growing))
+    for name in names:
+        experiment, _ = await federation.finish(name)
+        assert experiment.state == experiment_pb2.Experiment.STATE_SUCCEEDED

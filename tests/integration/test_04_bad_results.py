@@ -116,10 +116,6 @@ EVIL: dict[str, tuple[Callable[[], Bad], str]] = {
         "a result has 300 metrics; allowed are 256",
     ),
     "no outcome": (lambda: (task_pb.TaskResult(), b""), "a task result holds no outcome"),
-    "an unknown failure": (
-        lambda: (task_pb.TaskResult(failure=task_pb.TaskFailure(reason=99)), b""),
-        "FailureReason number 99 is not known to this version",
-    ),
 }
 
 

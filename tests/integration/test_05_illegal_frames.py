@@ -169,7 +169,7 @@ async def test_07_no_more_sessions_than_allowed(federation: Federation) -> None:
     async with RawSilo(federation.port, federation.directory / "certs/silos/south") as raw:
         code, details = await raw.status()
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert details == "the coordinator serves as many silos as it may"
+    assert details == "the coordinator serves as many silos as limits.max_sessions allows"
 
 
 @pytest.mark.parametrize("number", [10**6, 2**63 - 1, 2**63, 2**64 - 1])

@@ -215,7 +215,7 @@ async def test_11_a_certificate_that_expires_while_offline_ends_the_silo_at_the_
 async def test_12_a_silo_refused_by_the_coordinator_ends(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coordinator.app.Authorization.__init__", _only_operators)
+    monkeypatch.setattr("coordinator.listeners.Authorization.__init__", _only_operators)
     federation.start_coordinator()
     silo = federation.start_silo("north", FakeWorker())
     federation.running.pop("north")

@@ -1,5 +1,6 @@
 """A worker process without CLIP: serves orders like `silo.worker_main`, and misbehaves as the method name says."""
 
+import logging
 import os
 import signal
 import socket
@@ -11,9 +12,9 @@ import numpy as np
 from fedrt.errors import ConfigurationError, FailureReason, TensorError, WorkError
 from silo.work import OnProgress, WorkerReport, WorkOrder, WorkOutcome
 from silo.worker_frames import Load
-from silo.worker_main import die_with_parent, serve
+from silo.worker_main import LOG_FORMAT, die_with_parent, serve
 
-REPORT = WorkerReport("fake", "0" * 64, 4, 8, "cpu", 1 << 30, {"train": {"a": 3}}, 0)
+REPORT = WorkerReport("fake", "0" * 64, 4, 8, "cpu", 1 << 30, {"train": {"a": 3}}, 0, ("promptfl",))
 
 
 class OutOfMemoryError(RuntimeError):
@@ -25,7 +26,7 @@ class FakeBench:
 
     def report(self) -> WorkerReport:
         counts = {"train": {"a": 3 - self.unreadable}}
-        return WorkerReport("fake", "0" * 64, 4, 8, "cpu", 1 << 30, counts, self.unreadable)
+        return WorkerReport("fake", "0" * 64, 4, 8, "cpu", 1 << 30, counts, self.unreadable, ("promptfl",))
 
     def perform(self, order: WorkOrder, on_progress: OnProgress) -> WorkOutcome:
         behaviour = order.local.method_name
@@ -46,6 +47,10 @@ class FakeBench:
                 raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB at /secret")
             case "allocator":
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+            case "library":
+                print("UserWarning: a line without a level", flush=True)
+            case "environment":
+                print("CUBLAS_WORKSPACE_CONFIG is " + os.environ.get("CUBLAS_WORKSPACE_CONFIG", "not set"), flush=True)
             case "bug":
                 raise KeyError("/data/patients/jane-doe.png")
             case "work-error":
@@ -76,5 +81,6 @@ def open_fake(load: Load) -> FakeBench:
 if __name__ == "__main__":
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         serve(connection, open_fake)

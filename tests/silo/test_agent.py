@@ -291,6 +291,7 @@ async def test_a_bug_in_the_worker_is_a_failed_task_and_not_a_silo_that_hangs(si
     result, _ = await site.do(offered())
     assert result.outcome.reason is FailureReason.INTERNAL
     assert "patient" not in result.outcome.message
+    site.agent.submit(VerdictArrived("t1", Verdict.ACCEPTED))
     site.worker.behave = counting
     assert isinstance((await site.do(offered("t2")))[0].outcome, Success)
 

@@ -526,6 +526,14 @@ def large(path: Path) -> None:
     path.write_bytes(b"P5 20000 5000 255\n")
 
 
+def narrow(path: Path) -> None:
+    Image.new("L", (60_000, 1)).save(path, "PNG")
+
+
+def narrow_upright(path: Path) -> None:
+    Image.new("RGB", (100, 5_001)).save(path, "PNG")
+
+
 def floating(path: Path) -> None:
     Image.new("F", (2, 2), 0.5).save(path, "TIFF")
 
@@ -542,6 +550,8 @@ def signed(path: Path) -> None:
             *(large, "100000000 pixels; allowed are"),
             marks=pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
         ),
+        (narrow, "60000 x 1 pixels; one side is more than 50 times the other"),
+        (narrow_upright, "100 x 5001 pixels"),
         (floating, "floating-point"),
         (signed, "beyond 0..65535"),
         (lambda path: path.write_bytes(b""), "no known image format"),
@@ -558,6 +568,13 @@ def test_what_cannot_be_read_says_why_but_not_where(
     with pytest.raises(UnreadableImage, match=words) as caught:
         read_image(path)
     assert "jane" not in str(caught.value)
+
+
+def test_a_narrow_image_is_found_by_its_header_and_one_at_the_limit_is_read(tmp_path: Path) -> None:
+    narrow(tmp_path / "a.png")
+    with pytest.raises(UnreadableImage, match="60000 x 1 pixels"):
+        check_header(tmp_path / "a.png")
+    assert saved(tmp_path, Image.new("RGB", (100, 5_000), RED), "b.png").size == (100, 5_000)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

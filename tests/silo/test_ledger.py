@@ -39,7 +39,7 @@ def after(*events, ledger: Ledger | None = None):
     return state, effects
 
 
-OFFER, ARRIVED, STORED = Offered("t", True), TensorsArrived("t"), OutcomeStored("t")
+OFFER, ARRIVED, STORED = Offered("t", "e-t", True), TensorsArrived("t"), OutcomeStored("t")
 
 
 def test_a_task_goes_from_its_offer_to_its_verdict():
@@ -58,7 +58,7 @@ def test_a_task_goes_from_its_offer_to_its_verdict():
 
 
 def test_a_task_without_tensors_starts_at_once():
-    assert after(Offered("t", False))[1] == (Reply("t"), Start("t"))
+    assert after(Offered("t", "e-t", False))[1] == (Reply("t"), Start("t"))
 
 
 @pytest.mark.parametrize("verdict", Verdict)
@@ -76,7 +76,7 @@ def test_a_verdict_before_the_outcome_is_durable_changes_nothing(early: tuple):
 
 
 def test_a_second_task_waits_for_the_first():
-    ledger, effects = after(OFFER, ARRIVED, Offered("u", False))
+    ledger, effects = after(OFFER, ARRIVED, Offered("u", "e-u", False))
     assert effects == (Reply("u"),)
     assert ledger.state("u") is HoldState.QUEUED
     ledger, effects = after(STORED, ledger=ledger)
@@ -107,13 +107,13 @@ def test_a_refusal_of_the_policy_is_passed_on():
 
 
 def test_a_silo_that_holds_as_much_as_it_may_is_busy():
-    ledger, _ = after(*(Offered(f"t{index}", True) for index in range(MAX_HELD)))
-    ledger, effects = after(Offered("more", True), ledger=ledger)
+    ledger, _ = after(*(Offered(f"t{index}", f"e{index}", True) for index in range(MAX_HELD)))
+    ledger, effects = after(Offered("more", "e-more", True), ledger=ledger)
     assert effects == (Reply("more", RefusalReason.BUSY, f"this silo already holds {MAX_HELD} tasks"),)
     assert ledger.state("more") is None
 
 
-@pytest.mark.parametrize("history", [(OFFER,), (OFFER, ARRIVED), (Offered("a", False), OFFER, ARRIVED)])
+@pytest.mark.parametrize("history", [(OFFER,), (OFFER, ARRIVED), (Offered("a", "e-a", False), OFFER, ARRIVED)])
 def test_a_cancelled_task_becomes_a_failure_that_awaits_its_verdict(history: tuple):
     ledger, effects = after(*history, CancelArrived("t"))
     assert effects == (StoreCancelled("t"),)
@@ -130,7 +130,7 @@ def test_cancelling_what_is_finished_or_unknown_changes_nothing():
 
 
 def test_a_lost_session_forgets_tasks_whose_tensors_were_under_way_and_nothing_else():
-    ledger, _ = after(Offered("r", False), Offered("q", False), Offered("w", True))
+    ledger, _ = after(Offered("r", "e-r", False), Offered("q", "e-q", False), Offered("w", "e-w", True))
     ledger, effects = after(SessionDown(), ledger=ledger)
     assert effects == (Forget("w"),)
     assert [(task.task_id, task.state) for task in held_tasks(ledger)] == [
@@ -140,13 +140,15 @@ def test_a_lost_session_forgets_tasks_whose_tensors_were_under_way_and_nothing_e
 
 
 def test_a_new_session_sends_what_is_finished_and_forgets_what_is_obsolete():
-    ledger, _ = after(Offered("f", False), OutcomeStored("f"), Offered("r", False), Offered("q", False))
+    ledger, _ = after(
+        Offered("f", "e-f", False), OutcomeStored("f"), Offered("r", "e-r", False), Offered("q", "e-q", False)
+    )
     ledger, effects = after(SessionUp(("r", "unheard-of")), ledger=ledger)
     assert effects == (Forget("r"), Start("q"), Send("f"))
 
 
 def test_draining_forgets_what_has_not_begun_and_takes_nothing_new():
-    ledger, _ = after(Offered("r", False), Offered("q", False), Offered("w", True))
+    ledger, _ = after(Offered("r", "e-r", False), Offered("q", "e-q", False), Offered("w", "e-w", True))
     ledger, effects = after(DrainOrdered(), ledger=ledger)
     assert effects == (Forget("q"), Forget("w"))
     assert ledger.running == "r"
@@ -156,8 +158,22 @@ def test_draining_forgets_what_has_not_begun_and_takes_nothing_new():
     assert ledger.is_idle
 
 
+def test_work_waits_for_the_verdict_on_an_earlier_result_of_its_experiment():
+    first, second, other = Offered("t1", "e", False), Offered("t2", "e", False), Offered("u", "f", False)
+    ledger, effects = after(first, OutcomeStored("t1"), second)
+    assert effects == (Reply("t2"),)
+    ledger, effects = after(other, ledger=ledger)
+    assert effects == (Reply("u"), Start("u"))
+    ledger, effects = after(OutcomeStored("u"), VerdictArrived("t1", Verdict.DUPLICATE), ledger=ledger)
+    assert effects == (Promote("t1"), Start("t2"))
+
+
 class Histories(RuleBasedStateMachine):
     """A coordinator and a network that do as they please, with a driver that performs every effect."""
+
+    @staticmethod
+    def experiment(task_id: str) -> str:
+        return f"e{len(task_id)}"  # two experiments with several tasks each
 
     tasks = st.sampled_from([f"t{index}" for index in range(MAX_HELD + 3)])
 
@@ -182,6 +198,8 @@ class Histories(RuleBasedStateMachine):
                     self.taken[task_id] += before.state(task_id) is None
                 case Start(task_id):
                     assert not self.working, "two tasks run"
+                    unsettled = {self.experiment(other) for other in self.spool}
+                    assert self.experiment(task_id) not in unsettled, "work begins from outdated private tensors"
                     self.working.add(task_id)
                     self.started[task_id] += 1
                 case StoreCancelled(task_id):
@@ -202,7 +220,7 @@ class Histories(RuleBasedStateMachine):
     @rule(task_id=tasks, has_tensors=st.booleans(), refusal=st.none() | st.just(RefusalReason.POLICY))
     def offer(self, task_id: str, has_tensors: bool, refusal: RefusalReason | None) -> None:
         held = self.ledger.state(task_id)
-        effects = self.tell(Offered(task_id, has_tensors, refusal, "no" if refusal else ""))
+        effects = self.tell(Offered(task_id, self.experiment(task_id), has_tensors, refusal, "no" if refusal else ""))
         replies = [effect for effect in effects if isinstance(effect, Reply)]
         assert len(replies) == 1
         assert replies[0].task_id == task_id
@@ -255,7 +273,8 @@ class Histories(RuleBasedStateMachine):
     def at_most_one_task_runs_and_none_waits_for_nothing(self) -> None:
         running = [hold.task_id for hold in self.ledger.holds if hold.state is HoldState.RUNNING]
         assert running == list(self.working)
-        if any(hold.state is HoldState.QUEUED for hold in self.ledger.holds):
+        unsettled = {hold.experiment_id for hold in self.ledger.holds if hold.state is HoldState.FINISHED}
+        if any(h.state is HoldState.QUEUED and h.experiment_id not in unsettled for h in self.ledger.holds):
             assert running
 
     @invariant()

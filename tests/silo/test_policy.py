@@ -12,7 +12,15 @@ from silo.work import WorkerReport
 from tests.samples import MODEL, local_spec, task
 
 REPORT = WorkerReport(
-    MODEL.architecture, MODEL.weights_sha256, MODEL.context_dim, MODEL.feature_dim, "cpu", 0, {"train": {"cat": 10}}, 0
+    MODEL.architecture,
+    MODEL.weights_sha256,
+    MODEL.context_dim,
+    MODEL.feature_dim,
+    "cpu",
+    0,
+    {"train": {"cat": 10}},
+    0,
+    ("promptfl", "zeroshot"),
 )
 
 

@@ -152,6 +152,31 @@ async def test_a_broken_process_is_replaced(
         assert "goodbye" in text(log)
 
 
+async def test_a_traceback_has_the_level_of_the_error_that_it_explains(
+    worker: ProcessWorker, log: CapturingLogger
+) -> None:
+    await worker.run(order("library"), quiet)
+    with pytest.raises(WorkError):
+        await worker.run(order("bug"), quiet)
+    level_of = {fields["line"].strip(): level for level, _, fields in log.calls if "line" in fields}
+    assert level_of["UserWarning: a line without a level"] == "info"
+    assert level_of["unexpected failure"] == "error"
+    assert level_of["Traceback (most recent call last):"] == "error"
+    assert level_of["KeyError: '/data/patients/jane-doe.png'"] == "error"
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(None, ":4096:8"), (":16:8", ":16:8")])
+async def test_cublas_is_asked_for_a_fixed_order_unless_the_operator_says_otherwise(
+    worker: ProcessWorker, log: CapturingLogger, monkeypatch: pytest.MonkeyPatch, ours: str | None, theirs: str
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if ours:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ours)
+    await worker.run(order("environment"), quiet)
+    await worker.stop()
+    assert f"CUBLAS_WORKSPACE_CONFIG is {theirs}" in text(log)
+
+
 async def test_kill_9_in_the_middle_is_an_out_of_memory_failure(worker: ProcessWorker) -> None:
     task = await start_hanging(worker)
     assert worker.process_id is not None

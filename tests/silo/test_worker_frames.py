@@ -58,7 +58,7 @@ FRAMES: list[Frame] = [
         2,
     ),
     Load(ModelSource("a", "b"), DataSource("image_folder", Path("/d")), None),
-    Ready(WorkerReport("a", "00", 4, 8, "cpu", 2**40, {"train": {"x": 1}, "test": {}}, 3)),
+    Ready(WorkerReport("a", "00", 4, 8, "cpu", 2**40, {"train": {"x": 1}, "test": {}}, 3, ("promptfl",))),
     Misconfigured('wrong "quotes"\n'),
     Progress(3, 0),
     Failed(FailureReason.OUT_OF_MEMORY, "memory ran out", True),

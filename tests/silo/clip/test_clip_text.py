@@ -46,6 +46,15 @@ def test_handcrafted_prompt(mini: FrozenClip) -> None:
     close(mini.text_tower(NAMES, ClassPosition.FRONT).handcrafted(), expected)
 
 
+def test_handcrafted_features_are_computed_once_whatever_the_first_caller_trains_under(mini: FrozenClip) -> None:
+    tower = mini.text_tower(NAMES)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = tower.handcrafted()
+    assert tower.handcrafted() is first
+    assert not first.requires_grad
+    assert torch.equal(first, mini.text_tower(NAMES).handcrafted())
+
+
 def test_context_equal_to_words_gives_the_features_of_the_words(mini: FrozenClip) -> None:
     tower = mini.text_tower(NAMES)
     close(tower.encode(mini.embed_phrase(WORDS, 4)), tower.handcrafted())

@@ -318,6 +318,56 @@ def test_cuda_where_there_is_none(mini_vit_file: Path) -> None:
         load_clip(ModelSource("test-mini-vit", str(mini_vit_file), "cuda"))
 
 
+@pytest.mark.parametrize("architecture", ["ViT-B-32", "ViT-B-32-quickgelu"])
+def test_a_failed_download_names_the_architecture_that_the_file_needs(
+    monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    def refuse(entry: object) -> str:
+        raise OSError("no route")
+
+    monkeypatch.setattr(weights, "download_pretrained", refuse)
+    words = "set model.weights to its path and model.architecture to 'ViT-B-32-quickgelu'$"
+    with pytest.raises(ConfigurationError, match=words):
+        weights_sha256(ModelSource(architecture, "openai"))
+    with pytest.raises(ConfigurationError, match=r"set model\.weights to its path$"):
+        weights_sha256(ModelSource("ViT-B-32", "laion2b_s34b_b79k"))
+
+
+def test_every_architecture_that_a_failed_download_names_is_known() -> None:
+    for model, tag in open_clip.list_pretrained():
+        if open_clip.get_pretrained_cfg(model, tag).get("quick_gelu"):
+            assert weights._quick(model) in open_clip.list_models()
+
+
+def test_a_published_file_brings_its_activation(
+    original: Originals, file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = original("test-mini-vit", True)
+    path = file("plain.pt")
+    torch.save(quick.state_dict(), path)
+    source = ModelSource("test-mini-vit", str(path))
+    with pytest.raises(AssertionError):
+        check_features(load_clip(source), quick, 1e-6)
+    address = f"https://example.invalid/mlfoundations/vit-mine-{weights_sha256(source)[:8]}.pt"
+    monkeypatch.setattr(weights, "list_pretrained", lambda: [("test-mini-vit", "mine")])
+    monkeypatch.setattr(weights, "get_pretrained_url", lambda model, tag: address)
+    monkeypatch.setattr(weights, "get_pretrained_cfg", lambda model, tag: {"quick_gelu": True})
+    check_features(load_clip(source), quick, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("digest", "quick"),
+    [
+        ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", True),  # OpenAI's ViT-B-16
+        ("d867053b" + "0" * 56, True),  # ViT-B-32, laion400m_e31
+        ("00efa78f" + "0" * 56, False),  # ViT-B-16, laion400m_e31, of the same place
+        ("0" * 64, False),
+    ],
+)
+def test_what_open_clip_says_of_published_files(digest: str, quick: bool) -> None:
+    assert weights.published_with_quick_gelu(digest) is quick
+
+
 def test_tag_is_downloaded_and_brings_its_activation(
     original: Originals, file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

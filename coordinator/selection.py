@@ -54,8 +54,9 @@ def select(
         needed = 1
     if len(available) < needed:
         names = f"; not connected: {', '.join(missing)}" if missing else ""
-        advice = "" if rounds.silos else "; name rounds.silos in the experiment to do without silos that are gone"
-        return Waiting(f"waiting for silos: {len(available)} of {needed} needed are connected{names}{advice}")
+        advice = "; name rounds.silos in the experiment to do without silos that are gone"
+        waiting = f"waiting for silos: {len(available)} of {needed} needed are connected{names}"
+        return Waiting(waiting + (advice if missing and not rounds.silos else ""))
     asked = available
     if len(available) > capacity:
         order = seeded_generator(draw[0], "select", draw[1], draw[2]).permutation(len(available))

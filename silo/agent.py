@@ -20,7 +20,7 @@ from fedrt.task import Failure, Result, Success, Task, TaskKind, Verdict
 from fedrt.tensors import Scope, Tensors, TensorSpec, check_tensors, of_scope
 from silo import ledger as ledgers
 from silo.departures import check_release
-from silo.ledger import Ledger, LedgerEvent
+from silo.ledger import HoldState, Ledger, LedgerEvent
 from silo.policy import Policy, judge
 from silo.spool import Spool, Spooled
 from silo.vault import Vault
@@ -147,7 +147,7 @@ class Agent:
         """Take up the results that an earlier run of the daemon left in the spool."""
         for spooled in await asyncio.to_thread(self._spool.load):
             self._spooled[spooled.task_id] = spooled
-            hold = ledgers.Hold(spooled.task_id, spooled.experiment_id, ledgers.HoldState.FINISHED)
+            hold = ledgers.Hold(spooled.task_id, spooled.experiment_id, HoldState.FINISHED)
             self._ledger = Ledger((*self._ledger.holds, hold))
             self._log.info("undelivered result found", task=spooled.task_id)
         self._count_spool()
@@ -237,8 +237,8 @@ class Agent:
 
     async def _tensors_arrived(self, task_id: str, data: memoryview | PayloadError) -> None:
         accepted = self._accepted.get(task_id)
-        if accepted is None or accepted.manifest is None:
-            return
+        if accepted is None or accepted.manifest is None or self._ledger.state(task_id) is not HoldState.WAITING:
+            return  # settled meanwhile, or offered a second time although the first tensors did arrive
         try:
             if isinstance(data, PayloadError):
                 raise data
@@ -299,7 +299,7 @@ class Agent:
 
     async def _work_ended(self, task_id: str, outcome: WorkOutcome | WorkError) -> None:
         self._work.pop(task_id, None)
-        if self._ledger.state(task_id) is not ledgers.HoldState.RUNNING:
+        if self._ledger.state(task_id) is not HoldState.RUNNING:
             return  # cancelled meanwhile
         task = self._accepted[task_id].task
         if isinstance(outcome, WorkError):

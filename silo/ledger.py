@@ -4,7 +4,7 @@ Rules of the file:
 * `step` returns the next ledger and the effects; the driver performs them in order. Each is idempotent by task id.
 * A result is FINISHED only once it is durable in the spool. It leaves the ledger only with its verdict.
 * Private tensors advance with ACCEPTED (or DUPLICATE: accepted earlier), and with nothing else. So work of an
-  experiment does not begin while an earlier result of it awaits its verdict: it would begin from outdated ones.
+  experiment does not begin while a result of it awaits its verdict: it might begin from outdated ones.
 
     offered --accepted--> WAITING --tensors here--> QUEUED --turn--> RUNNING --outcome durable--> FINISHED --verdict-->
        |                     |                        |                 |

@@ -180,6 +180,16 @@ def test_a_drawing_is_that_of_the_module(document: str, module: str, drawing: st
     assert textwrap.indent(drawing.rstrip(), "    ") in said, document
 
 
+# ---- threat model
+
+
+def test_every_test_that_the_threat_model_names_exists() -> None:
+    named = re.findall(r"`(tests/\S+\.py)::(test_\w+)`", (DOCS / "threat-model.md").read_text())
+    assert len(named) > 10
+    missing = [(file, test) for file, test in named if f"def {test}(" not in (ROOT / file).read_text()]
+    assert missing == []
+
+
 # ---- methods
 
 

@@ -188,8 +188,11 @@ class Connection:
             case TaskResult(result):
                 self._apply_result(speaker, result.task_id, result.manifest)
             case UnreadableResult(task_id, _, payload_id):
+                if len(speaker.ignored) >= MAX_OPEN_PAYLOADS:
+                    raise _Illegal(f"more than {MAX_OPEN_PAYLOADS} results were unreadable")
                 self._apply_result(speaker, task_id, None)
-                speaker.ignored.add(payload_id)
+                if payload_id:
+                    speaker.ignored.add(payload_id)
             case ResultAck(task_id):
                 self._require(task_id, TaskPhase.RETURNED)
                 self._forget_offer(task_id)

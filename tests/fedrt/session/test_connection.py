@@ -442,7 +442,7 @@ def test_the_chunks_of_an_unreadable_result_do_not_end_the_session():
     assert wire.phases() == {None}
 
 
-HISTORIES = st.integers(2, 256).flatmap(lambda size: st.binary(min_size=size, max_size=size))
+HISTORIES = st.integers(2, 400).flatmap(lambda size: st.binary(min_size=size, max_size=size))
 
 
 class Walk:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
 
 from fedrt.errors import DamageError
 from fedrt.statefile import ensure_private_directory, move_durably, remove_unfinished, write_atomic
@@ -40,6 +41,10 @@ blobs_table = sa.Table(
 )
 
 
+_INSERT = insert(blobs_table).on_conflict_do_nothing()
+_SELECT = sa.select(blobs_table).where(blobs_table.c.sha256 == sa.bindparam("digest"))
+
+
 class Blobs:
     """Content-addressed bytes. Used by the store's thread only."""
 
@@ -67,16 +72,20 @@ class Blobs:
 
     def put(self, connection: sa.Connection, blobs: Mapping[str, Blob]) -> None:
         """Record the blobs, with their bytes where they are small."""
-        for digest, blob in blobs.items():
-            known = connection.execute(sa.select(blobs_table.c.sha256).where(blobs_table.c.sha256 == digest)).first()
-            if known is None:
-                size = blob_size(blob)
-                inline = bytes(blob) if size <= INLINE_BYTES and not isinstance(blob, Landed) else None
-                connection.execute(blobs_table.insert().values(sha256=digest, byte_count=size, data=inline))
+        rows = [
+            {
+                "sha256": digest,
+                "byte_count": blob_size(blob),
+                "data": bytes(blob) if isinstance(blob, memoryview) and len(blob) <= INLINE_BYTES else None,
+            }
+            for digest, blob in blobs.items()
+        ]
+        if rows:
+            connection.execute(_INSERT, rows)
 
     def get(self, connection: sa.Connection, digest: str) -> memoryview:
         """The bytes; a large blob is mapped, not read. Raises `StorageError` if they are missing or damaged."""
-        row = connection.execute(sa.select(blobs_table).where(blobs_table.c.sha256 == digest)).first()
+        row = connection.execute(_SELECT, {"digest": digest}).first()
         if row is None:
             raise DamageError(f"blob {digest} is missing from the store; restore the state directory from a backup")
         data = memoryview(row.data) if row.data is not None else self._map(digest)

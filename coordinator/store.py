@@ -6,13 +6,14 @@ one thread of their own.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from pydantic import TypeAdapter
+from sqlalchemy.dialects.sqlite import insert
 
 from coordinator.blobs import Blobs, metadata
 from coordinator.experiments import Experiment, ExperimentState
@@ -64,6 +65,19 @@ _events = sa.Table(
     sa.Column("document", sa.Text, nullable=False),
     sqlite_autoincrement=True,
 )
+
+
+def _upsert(table: sa.Table) -> sa.Insert:
+    statement = insert(table)
+    keys = [column.name for column in table.primary_key]
+    others = {column.name: statement.excluded[column.name] for column in table.columns if column.name not in keys}
+    return statement.on_conflict_do_update(index_elements=keys, set_=others)
+
+
+# Built once: building a statement costs more than executing it.
+_UPSERT: dict[str, sa.Insert] = {
+    table.name: _upsert(table) for table in (_experiments, _tasks, _checkpoints, _silos)
+} | {_events.name: insert(_events)}
 
 _EXPERIMENT: TypeAdapter[Experiment] = TypeAdapter(Experiment)
 _TASK: TypeAdapter[TaskRecord] = TypeAdapter(TaskRecord)
@@ -134,27 +148,9 @@ class Store:
             self._blobs.put_large(changes.blobs)
             with self._engine.begin() as connection:
                 self._blobs.put(connection, changes.blobs)
-                for experiment in changes.experiments.values():
-                    row = {
-                        "experiment_id": experiment.experiment_id,
-                        "state": experiment.state.value,
-                        "create_time": experiment.create_time,
-                        "document": _dump(_EXPERIMENT, experiment),
-                    }
-                    _upsert(connection, _experiments, row)
-                for task in changes.tasks.values():
-                    keys = {"task_id": task.task_id, "experiment_id": task.experiment_id}
-                    document = _dump(_TASK, task)
-                    _upsert(connection, _tasks, {**keys, "round_number": task.round_number, "document": document})
-                for checkpoint in changes.checkpoints:
-                    place = {"experiment_id": checkpoint.experiment_id, "round_number": checkpoint.round_number}
-                    _upsert(connection, _checkpoints, {**place, "document": _dump(_CHECKPOINT, checkpoint)})
-                for silo in changes.silos.values():
-                    _upsert(connection, _silos, {"silo_id": silo.silo_id, "document": _dump(_SILO, silo)})
-                for event in changes.events:
-                    about = getattr(event, "experiment_id", "")
-                    row = {"time": now, "experiment_id": about, "document": _dump_event(event)}
-                    connection.execute(_events.insert().values(row))
+                for table, rows in _rows(changes, now):
+                    if rows:
+                        connection.execute(_UPSERT[table.name], rows)
 
     def active_experiments(self) -> list[Experiment]:
         """Those that have not ended, oldest first."""
@@ -240,8 +236,50 @@ def _configure(connection: Any, record: object) -> None:
     cursor.close()
 
 
-def _upsert(connection: sa.Connection, table: sa.Table, row: dict[str, Any]) -> None:
-    keys = [column.name for column in table.primary_key]
-    place = sa.and_(*(table.c[key] == row[key] for key in keys))
-    if connection.execute(table.update().where(place).values(row)).rowcount == 0:
-        connection.execute(table.insert().values(row))
+def _rows(changes: Changes, now: float) -> Iterator[tuple[sa.Table, list[dict[str, Any]]]]:
+    yield (
+        _experiments,
+        [
+            {
+                "experiment_id": experiment.experiment_id,
+                "state": experiment.state.value,
+                "create_time": experiment.create_time,
+                "document": _dump(_EXPERIMENT, experiment),
+            }
+            for experiment in changes.experiments.values()
+        ],
+    )
+    yield (
+        _tasks,
+        [
+            {
+                "task_id": task.task_id,
+                "experiment_id": task.experiment_id,
+                "round_number": task.round_number,
+                "document": _dump(_TASK, task),
+            }
+            for task in changes.tasks.values()
+        ],
+    )
+    yield (
+        _checkpoints,
+        [
+            {
+                "experiment_id": checkpoint.experiment_id,
+                "round_number": checkpoint.round_number,
+                "document": _dump(_CHECKPOINT, checkpoint),
+            }
+            for checkpoint in changes.checkpoints
+        ],
+    )
+    yield (
+        _silos,
+        [{"silo_id": silo.silo_id, "document": _dump(_SILO, silo)} for silo in changes.silos.values()],
+    )
+    yield (
+        _events,
+        [
+            {"time": now, "experiment_id": getattr(event, "experiment_id", ""), "document": _dump_event(event)}
+            for event in changes.events
+        ],
+    )

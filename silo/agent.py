@@ -286,7 +286,7 @@ class Agent:
         self.submit(WorkEnded(task.task_id, outcome))
 
     def _progress_of(self, task_id: str) -> Callable[[int, int], None]:
-        last = 0.0
+        last = time.monotonic()  # short work needs no progress report
 
         def report(done: int, planned: int) -> None:
             nonlocal last

@@ -20,7 +20,8 @@ def print_report(console: Console, layout: Layout, outcome: Outcome) -> None:
     console.print(_departures_table(outcome))
     console.print(Padding(_verdict(outcome), (0, 1)))
     console.print()
-    console.print(_places(layout, outcome))
+    for line in _places(layout, outcome):
+        console.print(line, soft_wrap=True)  # a path stays in one piece, to be copied
 
 
 def _accuracy_table(outcome: Outcome) -> Table:
@@ -86,8 +87,7 @@ def _verdict(outcome: Outcome) -> Text:
     )
 
 
-def _places(layout: Layout, outcome: Outcome) -> Table:
-    grid = Table.grid(padding=(0, 2))
+def _places(layout: Layout, outcome: Outcome) -> list[Text]:
     seconds = outcome.seconds
     rows = (
         ("prompt", str(outcome.prompt_path)),
@@ -96,9 +96,7 @@ def _places(layout: Layout, outcome: Outcome) -> Table:
         ("by hand", f"the YAML files, keys and logs of all daemons are in {layout.root}"),
         ("time", f"{span_text(seconds['total'])}, of which federated training {span_text(seconds['promptfl'])}"),
     )
-    for name, text in rows:
-        grid.add_row(Text(f" {name}", "bold"), Text(text, overflow="fold"))
-    return grid
+    return [Text.assemble((f" {name:<8} ", "bold"), text) for name, text in rows]
 
 
 def _table() -> Table:

@@ -35,11 +35,12 @@ from coordinator.inbox import (
 )
 from coordinator.presence import Presence, Session
 from coordinator.records import Changes, Checkpoint, RoundClosed, SiloChanged, SiloRecord, TaskRecord
+from coordinator.results import recorded, settlement
 from coordinator.store import Store
 from fedrt.errors import ConfigurationError, DamageError, SpecError, StorageError
 from fedrt.metrics import CoordinatorMetrics
 from fedrt.session.frames import Hello
-from fedrt.task import Failure, Success, Verdict
+from fedrt.task import Verdict
 from fedrt.tensors import schema_sha256
 
 RETRY_COMMIT_DELAY = 1.0  # seconds between attempts while the disk refuses
@@ -221,27 +222,14 @@ class Orchestrator:
             self._due.append(message.discard)
             await self._settle_other(message.silo_id, task_id)
             return
-        task = active.tasks[task_id]
-        match message.result.outcome:
-            case Success(example_count, metrics, work_duration):
-                event: ExperimentEvent = rounds.ResultStored(task_id)
-                task = replace(
-                    task,
-                    verdict=Verdict.ACCEPTED,
-                    example_count=example_count,
-                    metrics=metrics,
-                    work_duration=work_duration,
-                    tensors=message.tensors.ref if message.tensors else None,
-                )
-                if message.tensors and message.tensors.ref.sha256 in self._changes.blobs:
-                    self._due.append(message.discard)  # another silo sent the same bytes
-                elif message.tensors:
-                    self._changes.blobs[message.tensors.ref.sha256] = message.tensors.blob
-            case Failure(reason, text):
-                failed = f"failed ({reason.value}): {text}"
-                event = rounds.ResultFailed(task_id, failed)
-                task = replace(task, verdict=Verdict.ACCEPTED, message=failed)
-                self._log.warning("task failed", task=task_id, reason=reason.value, message=text)
+        tensors = message.tensors
+        task, event = recorded(active.tasks[task_id], message.result.outcome, tensors.ref if tensors else None)
+        if isinstance(event, rounds.ResultFailed):
+            self._log.warning("task failed", task=task_id, message=event.message)
+        elif tensors and tensors.ref.sha256 in self._changes.blobs:
+            self._due.append(message.discard)  # another silo sent the same bytes
+        elif tensors:
+            self._changes.blobs[tensors.ref.sha256] = tensors.blob
         self._keep(active, task)
         self._advance(active, event)
 
@@ -255,16 +243,8 @@ class Orchestrator:
         self._advance(active, rounds.ResultFailed(task_id, text, Verdict.INVALID))
 
     async def _settle_other(self, silo_id: str, task_id: str) -> None:
-        """Settle a result that no round waits for: from what was decided about its task before."""
         task = self._changes.tasks.get(task_id) or await self.in_store(self._store.task, task_id)
-        if task is None or task.silo_id != silo_id:
-            settle = rounds.Settle(silo_id, task_id, Verdict.UNKNOWN_TASK, "no such task was offered to this silo")
-        elif task.verdict is Verdict.ACCEPTED:
-            settle = rounds.Settle(silo_id, task_id, Verdict.DUPLICATE)
-        elif task.verdict is Verdict.INVALID:
-            settle = rounds.Settle(silo_id, task_id, Verdict.INVALID, task.message)
-        else:
-            settle = rounds.Settle(silo_id, task_id, Verdict.LATE, task.message or "the round is closed")
+        settle = settlement(task, silo_id, task_id)
         self._due.append(lambda: self._actions.settle(settle, self.presence))
 
     def _round_aggregated(self, message: RoundAggregated) -> None:

@@ -15,6 +15,7 @@ PURE = (
     "coordinator/rounds.py",
     "coordinator/experiments.py",
     "coordinator/selection.py",
+    "coordinator/results.py",
     "coordinator/validation.py",
     "fedrt/aggregation.py",
     "fedrt/payload.py",

@@ -34,7 +34,8 @@ from fedrt.task import RefusalReason, TaskKind, Verdict
 
 
 def collecting(*silos, needed=2, kind=TaskKind.TRAIN):
-    return Round(1, kind, 0, tuple(Ask(silo, f"t-{silo}") for silo in silos or "abc"), needed, 0.0, 100.0)
+    asks = tuple(Ask(silo, f"t-{silo}") for silo in silos or "abc")
+    return Round(1, kind, 0, asks, needed, 0.0, 100.0, aggregates=kind is not TaskKind.EVALUATE)
 
 
 def after(round_, *events, now=1.0):
@@ -165,8 +166,7 @@ def test_a_result_of_an_unknown_task_is_a_mistake_of_the_driver():
 
 
 def test_an_evaluation_is_closed_without_aggregation():
-    evaluation = replace(collecting(needed=1, kind=TaskKind.EVALUATE), aggregates=False)
-    round_, effects = after(evaluation, *ALL_BACK)
+    round_, effects = after(collecting(needed=1, kind=TaskKind.EVALUATE), *ALL_BACK)
     assert effects == (Settle("c", "t-c", Verdict.ACCEPTED),)
     assert (round_.phase, round_.succeeded) == (RoundPhase.CLOSED, True)
 

@@ -92,10 +92,6 @@ class Transport:
         """
         self._collecting[manifest.payload_id] = (Assembler(manifest, sink), done)
 
-    def discard(self, payload_id: str) -> None:
-        """Stop collecting a payload and forget what has arrived of it."""
-        self._collecting.pop(payload_id, None)
-
     def finish(self) -> None:
         """End the session once everything queued has been written."""
         self._finishing = True

@@ -34,7 +34,6 @@ class EnumMap:
     """Pairs our enum with the protobuf one by name: FLOAT32 <-> ELEMENT_TYPE_FLOAT32."""
 
     def __init__(self, ours: type[enum.Enum], wrapper: Any, prefix: str) -> None:
-        self._ours = ours
         self._to: dict[enum.Enum, int] = {member: wrapper.Value(f"{prefix}_{member.name}") for member in ours}
         self._from = {number: member for member, number in self._to.items()}
 

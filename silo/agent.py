@@ -47,7 +47,6 @@ class Session(Protocol):
 class OfferArrived:
     """The coordinator offers a task."""
 
-    session: Session
     task: Task
     manifest: Manifest | None
 
@@ -270,8 +269,6 @@ class Agent:
                 done = await self._worker.run(order, self._progress_of(task.task_id))
             if task.kind is not TaskKind.EVALUATE:
                 check_release(accepted.specs, done.shared)
-            self._report = await self._worker.describe()  # it may have met unreadable files meanwhile
-            self._metrics.unreadable_files.set(self._report.unreadable_count)
             outcome: WorkOutcome | WorkError = done
         except TimeoutError:
             outcome = WorkError(FailureReason.TIME_LIMIT, f"the work took longer than {task.time_limit:.0f} seconds")
@@ -299,6 +296,8 @@ class Agent:
 
     async def _work_ended(self, task_id: str, outcome: WorkOutcome | WorkError) -> None:
         self._work.pop(task_id, None)
+        self._report = self._worker.report or self._report  # work may have met files that cannot be read
+        self._metrics.unreadable_files.set(self._report.unreadable_count)
         if self._ledger.state(task_id) is not HoldState.RUNNING:
             return  # cancelled meanwhile
         task = self._accepted[task_id].task

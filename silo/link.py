@@ -109,11 +109,12 @@ class CoordinatorSession:
                 self._agent.submit(SessionUp(self, frame.obsolete_task_ids))
             case TaskOffer(task, manifest):
                 self._offers[task.task_id] = frame
-                self._agent.submit(OfferArrived(self, task, manifest))
+                self._agent.submit(OfferArrived(task, manifest))
             case UnreadableOffer(task_id, message):
                 self._log.warning("offer cannot be read", task=task_id, message=message)
                 reason = RefusalReason.METHOD_MISMATCH
-                self.transport.post(TaskReply(task_id, reason, f"this silo's fedrt cannot read the offer: {message}"))
+                text = f"this silo's fedrt cannot read the offer: {message[:1000]}"
+                self.transport.post(TaskReply(task_id, reason, text))
             case TaskCancel(task_id, message):
                 self._log.warning("task cancelled by the coordinator", task=task_id, message=message)
                 self._agent.submit(ledgers.CancelArrived(task_id))

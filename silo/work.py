@@ -62,6 +62,10 @@ class Worker(Protocol):
     async def describe(self) -> WorkerReport:
         """Load the model and the data index if that has not happened. Raises `ConfigurationError` if it cannot."""
 
+    @property
+    def report(self) -> WorkerReport | None:
+        """What `describe` would say, as far as it is known without waiting: the counts may shrink during work."""
+
     async def run(self, order: WorkOrder, on_progress: OnProgress) -> WorkOutcome:
         """Do the work. Raises `WorkError`. Cancelling the coroutine stops the work."""
 

@@ -87,6 +87,11 @@ class ProcessWorker:
         """Of the child, if one runs."""
         return None if self._child is None else self._child.process.pid
 
+    @property
+    def report(self) -> WorkerReport | None:
+        """What the last child said it holds; None until a fresh one has said it."""
+        return self._report
+
     async def describe(self) -> WorkerReport:
         """What the child holds, at once if one runs, even while it works; otherwise one is started first.
 

@@ -125,11 +125,6 @@ class Connection:
         """How far we are."""
         return self._speakers[self.our_role].phase
 
-    @property
-    def peer_phase(self) -> Phase:
-        """How far the peer is, as far as we have heard."""
-        return self._speakers[self._peer_role].phase
-
     def task_phase(self, task_id: str) -> TaskPhase | None:
         """How far a task is in this session; None if it is unknown or settled."""
         return self._tasks.get(task_id)

@@ -53,6 +53,10 @@ class FakeWorker:
     abandoned: list[str] = field(default_factory=list)
     began: asyncio.Event = field(default_factory=asyncio.Event)  # set with each order; a test may clear it
 
+    @property
+    def report(self) -> WorkerReport:
+        return self.description
+
     async def describe(self) -> WorkerReport:
         return self.description
 

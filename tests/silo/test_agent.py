@@ -97,7 +97,7 @@ class Site:
 
     def offer(self, offered: Task) -> None:
         manifest = None if offered.kind is TaskKind.INITIALIZE else describe(offered.task_id, SHARED)[0]
-        self.agent.submit(OfferArrived(self.session, offered, manifest))
+        self.agent.submit(OfferArrived(offered, manifest))
 
     def tensors(self, task_id: str) -> None:
         self.agent.submit(TensorsArrived(task_id, describe(task_id, SHARED)[1]))
@@ -430,3 +430,20 @@ async def test_a_kill_between_promotion_and_forgetting_promotes_once(site: Site,
     await asyncio.wait_for(site.agent.idle(), LIMIT)
     assert site.own() == 1
     assert site.spool.load() == []
+
+
+async def test_what_work_finds_unreadable_counts_for_the_next_offer(site: Site):
+    """Damaged pixels show only when they are decoded; the policy then applies to what is left."""
+    site.agent._policy = Policy(min_examples=50)
+    fewer = dataclasses.replace(site.worker.description, class_counts={"train": {"cat": 49}}, unreadable_count=51)
+
+    def decode(order: WorkOrder) -> WorkOutcome:
+        site.worker.description = fewer
+        return counting(order)
+
+    site.worker.behave = decode
+    assert isinstance((await site.do(offered()))[0].outcome, Success)
+    site.offer(offered("t2"))
+    reply = await site.session.next()
+    assert reply.refusal is RefusalReason.POLICY
+    assert "this silo has 49 training examples" in reply.message

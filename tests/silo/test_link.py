@@ -1,0 +1,44 @@
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from fedrt.metrics import SiloMetrics
+from fedrt.session.connection import Role
+from fedrt.session.frames import MAX_TEXT_LENGTH, Hello, UnreadableOffer, Welcome
+from fedrt.task import RefusalReason
+from fedrt.transport import Transport
+from silo.link import CoordinatorSession
+
+
+class Silent:
+    """A stream on which nothing ever happens."""
+
+    async def read(self) -> Any:
+        raise AssertionError
+
+    async def write(self, message: Any, /) -> None:
+        raise AssertionError
+
+
+class Deaf:
+    """An agent that ignores what it is told."""
+
+    def submit(self, message: object) -> None:
+        pass
+
+
+def test_an_offer_that_cannot_be_read_is_refused_however_long_its_fault_is():
+    transport = Transport(Role.SILO, Silent())
+    session = CoordinatorSession(transport, Deaf(), SiloMetrics(CollectorRegistry()))
+    transport.post(Hello("1"))
+    transport.connection.receive(Welcome("s", 1.0, 2.0))
+    for task_id, fault in (("t1", "short"), ("t2", "x" * MAX_TEXT_LENGTH)):
+        offer = UnreadableOffer(task_id, fault)
+        transport.connection.receive(offer)
+        session.on_frame(offer)
+    refusals = list(transport._frames)[1:]
+    assert [(reply.task_id, reply.refusal) for reply in refusals] == [
+        ("t1", RefusalReason.METHOD_MISMATCH),
+        ("t2", RefusalReason.METHOD_MISMATCH),
+    ]
+    assert refusals[0].message == "this silo's fedrt cannot read the offer: short"

@@ -133,6 +133,8 @@ def test_the_limits_are_those_of_the_code() -> None:
         "characters of an id": str(frames.MAX_ID_LENGTH),
         "characters of a text": str(frames.MAX_TEXT_LENGTH),
         "items of a list": str(frames.MAX_LIST_LENGTH),
+        "names in a list of `Hello`": str(frames.MAX_NAMES),
+        "characters of a name": str(payload.MAX_NAME_LENGTH),
         "frames a peer may leave unread": str(transport.MAX_POSTED_FRAMES),
     }
 

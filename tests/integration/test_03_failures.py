@@ -522,8 +522,9 @@ async def test_18_a_silo_that_comes_back_during_the_drain_does_not_hold_up_the_c
         await raw.hello()
         await federation.create("large", large)
         offer = await raw.next("task_offer")
-        raw.listens.clear()
         await raw.send(task_reply=task_pb.TaskReply(task_id=offer.task_id, acceptance=task_pb.TaskAcceptance()))
+        await raw.next("payload_chunk")  # the coordinator has begun to send: it cannot end before this silo reads on
+        raw.listens.clear()
         watch = Watch(federation)
         coordinator.lifecycle.stopping.set()
         await watch.until(gone("north"))

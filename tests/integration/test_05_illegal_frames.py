@@ -153,12 +153,12 @@ async def test_05_a_silo_that_says_nothing_at_all_is_not_waited_for(
 
 
 async def test_06_heartbeats_keep_an_idle_session_open(federation: Federation, logs: Logs) -> None:
-    federation.start_coordinator("heartbeat_interval: 100ms\nsilence_limit: 200ms\n")
+    federation.start_coordinator("heartbeat_interval: 100ms\nsilence_limit: 1s\n")  # a busy machine may pause for 0.1 s
     federation.start_silo("north", FakeWorker())
     watch = Watch(federation)
     await watch.until(connected("north"))
     with pytest.raises(TimeoutError):
-        await watch.until(gone("north"), limit=1)
+        await watch.until(gone("north"), limit=3)
     assert not [entry for entry in logs if entry["event"] == "session lost"]
 
 

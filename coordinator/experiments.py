@@ -95,7 +95,7 @@ ExperimentEffects = tuple[rounds.RoundEffect | CloseRound, ...]
 def create(experiment_id: str, spec: ExperimentSpec, schema_sha256: str, now: float) -> Experiment:
     """A new experiment, before its first stage. Raises `SpecError` if its method cannot be built."""
     specs = spec.local.tensors()
-    if needs_clip(specs):
+    if needs_clip(of_scope(specs, Scope.SHARED)):
         first = Stage(TaskKind.INITIALIZE, 0)
     elif spec.evaluation.every or not spec.rounds.count:
         first = Stage(TaskKind.EVALUATE, 0)

@@ -14,7 +14,9 @@ from fedrt.methods import BUILT_IN, find_method
 from fedrt.notation import Duration
 from fedrt.spec import (
     EvaluationSpec,
+    EvaluationSplit,
     ExperimentSpec,
+    LocalEvaluationSpec,
     LocalSpec,
     ModelSpec,
     OnTooFew,
@@ -104,9 +106,16 @@ class RoundsSection(Section):
 
 
 class EvaluationSection(Section):
-    """When the silos evaluate."""
+    """When the silos evaluate, and on what."""
 
     every: int = Field(default=EvaluationSpec.every, description="Rounds between evaluations; 0: after the last only")
+    splits: tuple[EvaluationSplit, ...] = Field(
+        default=LocalEvaluationSpec.splits,
+        description="personal: a silo's own test images; base, novel, domain: what it holds beside them",
+    )
+    novel_classes: tuple[str, ...] = Field(
+        default=(), description="Class names of the split novel, in the order of its outputs"
+    )
 
 
 class ExperimentFile(Section):
@@ -122,7 +131,7 @@ class ExperimentFile(Section):
     training: TrainingSection = Field(default_factory=TrainingSection, description="Local training in one round")
     rounds: RoundsSection = Field(description="How many rounds, with whom and for how long")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="When the silos evaluate")
-    seed: int = Field(default=ExperimentSpec.seed, description="Seed of every random choice")
+    seed: int = Field(default=LocalSpec.seed, description="Seed of every random choice")
 
     @model_validator(mode="after")
     def _names_the_classes_once(self) -> Self:
@@ -159,13 +168,15 @@ def experiment_spec(file: ExperimentFile) -> ExperimentSpec:
             training.precision,
         ),
         round_count=rounds.count,
+        evaluation=LocalEvaluationSpec(file.evaluation.splits, file.evaluation.novel_classes),
+        seed=file.seed,
     )
     if rounds.count > 0 and not local.tensors():
         raise SpecError(
             f"method {file.method.name!r} trains nothing, but rounds.count is {rounds.count}; "
             "set rounds.count to 0 to evaluate only, or choose a method that trains, such as 'promptfl'"
         )
-    return ExperimentSpec(local, RoundsSpec(**dict(rounds)), EvaluationSpec(file.evaluation.every), file.seed)
+    return ExperimentSpec(local, RoundsSpec(**dict(rounds)), EvaluationSpec(file.evaluation.every))
 
 
 def experiment_file(experiment_id: str, spec: ExperimentSpec) -> ExperimentFile:
@@ -178,7 +189,7 @@ def experiment_file(experiment_id: str, spec: ExperimentSpec) -> ExperimentFile:
         classes=local.classes,
         training=TrainingSection(**vars(training) | {"optimizer": OptimizerSection(**vars(training.optimizer))}),
         rounds=RoundsSection.model_construct(**vars(spec.rounds)),
-        evaluation=EvaluationSection(every=spec.evaluation.every),
+        evaluation=EvaluationSection(every=spec.evaluation.every, **vars(local.evaluation)),
         seed=spec.seed,
     )
 

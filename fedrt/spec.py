@@ -4,7 +4,7 @@ import enum
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedrt.errors import SpecError
 from fedrt.method import Method, ModelDims
@@ -36,6 +36,15 @@ class Schedule(enum.Enum):
 
     CONSTANT = "constant"
     COSINE = "cosine"
+
+
+class EvaluationSplit(enum.Enum):
+    """Images that tensors are measured on. A silo measures those that it holds."""
+
+    PERSONAL = "personal"  # the silo's own test images
+    BASE = "base"  # test images of all classes, whichever the silo trained on
+    NOVEL = "novel"  # images of classes that nobody trained on
+    DOMAIN = "domain"  # images of the classes, from a domain that nobody trained on
 
 
 class OnTooFew(enum.Enum):
@@ -141,6 +150,40 @@ class EvaluationSpec:
 
 
 @dataclass(frozen=True)
+class LocalEvaluationSpec:
+    """What a silo measures. The novel split is scored against `novel_classes`, all others against `classes`."""
+
+    splits: tuple[EvaluationSplit, ...] = (EvaluationSplit.PERSONAL,)
+    novel_classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.splits:
+            raise SpecError("evaluation.splits is empty; name at least one of personal, base, novel and domain")
+        if len(set(self.splits)) != len(self.splits):
+            raise SpecError("evaluation.splits names a split twice")
+        if (EvaluationSplit.NOVEL in self.splits) != bool(self.novel_classes):
+            raise SpecError(
+                "evaluation.splits names novel, but evaluation.novel_classes is empty; add the names of the new classes"
+                if EvaluationSplit.NOVEL in self.splits
+                else "evaluation.novel_classes is set, but evaluation.splits does not name novel; add it"
+            )
+        if self.novel_classes:
+            check_classes("evaluation.novel_classes", self.novel_classes)
+
+
+def check_classes(key: str, names: tuple[str, ...]) -> None:
+    """Raise `SpecError` unless these are distinct, reasonable class names."""
+    if not names or len(names) > MAX_CLASSES:
+        raise SpecError(f"{key} holds {len(names)} names; allowed are 1 to {MAX_CLASSES}")
+    if len(set(names)) != len(names):
+        twice, _ = Counter(names).most_common(1)[0]
+        raise SpecError(f"{key} names {twice!r} twice")
+    for name in names:
+        if not name.strip() or len(name) > 200:
+            raise SpecError(f"{key}: {name!r} is empty or longer than 200 characters")
+
+
+@dataclass(frozen=True)
 class LocalSpec:
     """The part of an experiment that a silo needs; the same for every task of the experiment."""
 
@@ -150,16 +193,15 @@ class LocalSpec:
     classes: tuple[str, ...]
     training: TrainingSpec
     round_count: int
+    evaluation: LocalEvaluationSpec = field(default_factory=LocalEvaluationSpec)
+    seed: int = 1  # of the experiment: initial private tensors are drawn from it
 
     def __post_init__(self) -> None:
-        if not self.classes or len(self.classes) > MAX_CLASSES:
-            raise SpecError(f"classes holds {len(self.classes)} names; allowed are 1 to {MAX_CLASSES}")
-        if len(set(self.classes)) != len(self.classes):
-            twice, _ = Counter(self.classes).most_common(1)[0]
-            raise SpecError(f"classes names {twice!r} twice")
-        for name in self.classes:
-            if not name.strip() or len(name) > 200:
-                raise SpecError(f"classes: {name!r} is empty or longer than 200 characters")
+        check_classes("classes", self.classes)
+        if both := set(self.classes) & set(self.evaluation.novel_classes):
+            raise SpecError(f"{min(both)!r} is in classes and in evaluation.novel_classes; keep it in one of the two")
+        if not 0 <= self.seed < 2**63:
+            raise SpecError("seed must be between 0 and 2**63 - 1")
         try:
             values = json.loads(self.hyperparameters_json)
         except (ValueError, RecursionError):
@@ -177,8 +219,15 @@ class LocalSpec:
         return make_method(self.method_name, self.hyperparameters_json)
 
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """The declared tensors. Raises `SpecError` like `method`."""
-        return self.method().tensors(self.dims)
+        """The declared tensors. Raises `SpecError` like `method`, and if they do not fit the novel classes."""
+        method, dims = self.method(), self.dims
+        specs = method.tensors(dims)
+        if self.evaluation.novel_classes and specs != method.tensors(replace(dims, class_count=dims.class_count + 1)):
+            raise SpecError(
+                f"method {self.method_name!r} with these hyper-parameters learns something for each class, which novel "
+                "classes lack; remove novel from evaluation.splits, or class_specific from the method"
+            )
+        return specs
 
 
 @dataclass(frozen=True)
@@ -188,10 +237,12 @@ class ExperimentSpec:
     local: LocalSpec
     rounds: RoundsSpec
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
-    seed: int = 1
 
     def __post_init__(self) -> None:
         if self.local.round_count != self.rounds.count:
             raise SpecError("the round count a silo is told differs from rounds.count")
-        if not 0 <= self.seed < 2**63:
-            raise SpecError("seed must be between 0 and 2**63 - 1")
+
+    @property
+    def seed(self) -> int:
+        """Seeds selection, initial values and local training."""
+        return self.local.seed

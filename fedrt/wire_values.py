@@ -11,7 +11,9 @@ from fedrt.errors import PayloadError
 from fedrt.payload import MAX_TENSORS, Chunk, ElementType, Manifest, TensorHeader
 from fedrt.spec import (
     EvaluationSpec,
+    EvaluationSplit,
     ExperimentSpec,
+    LocalEvaluationSpec,
     LocalSpec,
     ModelSpec,
     OnTooFew,
@@ -51,6 +53,7 @@ class EnumMap:
 
 _ELEMENT = EnumMap(ElementType, tensor_pb.ElementType, "ELEMENT_TYPE")
 KIND = EnumMap(TaskKind, task_pb.TaskKind, "TASK_KIND")
+_SPLIT = EnumMap(EvaluationSplit, task_pb.EvaluationSplit, "EVALUATION_SPLIT")
 _SCHEDULE = EnumMap(Schedule, task_pb.Schedule, "SCHEDULE")
 _PRECISION = EnumMap(Precision, task_pb.Precision, "PRECISION")
 _OPTIMIZER = EnumMap(OptimizerName, task_pb.OptimizerSpec.Algorithm, "ALGORITHM")
@@ -143,6 +146,11 @@ def local_spec_to_pb(spec: LocalSpec, schema_sha256: bytes = b"") -> task_pb.Loc
             precision=_PRECISION.to(training.precision),
         ),
         round_count=spec.round_count,
+        evaluation=task_pb.LocalEvaluationSpec(
+            splits=[_SPLIT.to(split) for split in spec.evaluation.splits],
+            novel_class_names=spec.evaluation.novel_classes,
+        ),
+        seed=spec.seed,
     )
 
 
@@ -172,6 +180,12 @@ def local_spec_from_pb(message: task_pb.LocalSpec) -> LocalSpec:
             precision=_PRECISION.back(Precision, training.precision),
         ),
         round_count=message.round_count,
+        evaluation=LocalEvaluationSpec(
+            tuple(_SPLIT.back(EvaluationSplit, split) for split in message.evaluation.splits)
+            or LocalEvaluationSpec.splits,
+            tuple(message.evaluation.novel_class_names),
+        ),
+        seed=message.seed,
     )
 
 
@@ -198,7 +212,7 @@ def experiment_spec_from_pb(message: experiment_pb.ExperimentSpec) -> Experiment
     """The value of a message. Raises `SpecError` or `PayloadError`."""
     rounds = message.rounds
     return ExperimentSpec(
-        local=replace(local_spec_from_pb(message.local), round_count=rounds.count),
+        local=replace(local_spec_from_pb(message.local), round_count=rounds.count, seed=message.seed),
         rounds=RoundsSpec(
             count=rounds.count,
             time_limit=duration_from_pb(rounds.time_limit),
@@ -209,5 +223,4 @@ def experiment_spec_from_pb(message: experiment_pb.ExperimentSpec) -> Experiment
             retries=rounds.retry_count,
         ),
         evaluation=EvaluationSpec(message.evaluation.interval),
-        seed=message.seed,
     )

@@ -6,7 +6,16 @@ from collections.abc import Callable
 import numpy as np
 
 from fedrt.payload import Manifest, describe
-from fedrt.spec import EvaluationSpec, ExperimentSpec, LocalSpec, ModelSpec, OnTooFew, RoundsSpec, TrainingSpec
+from fedrt.spec import (
+    EvaluationSpec,
+    ExperimentSpec,
+    LocalEvaluationSpec,
+    LocalSpec,
+    ModelSpec,
+    OnTooFew,
+    RoundsSpec,
+    TrainingSpec,
+)
 from fedrt.task import Task, TaskKind
 
 DIGEST = "ab" * 32
@@ -16,18 +25,24 @@ FROM_WORDS = '{"context_init":"a photo","context_length":2}'
 
 
 def local_spec(
-    count: int = 1, hyperparameters: str = FROM_NOISE, method: str = "promptfl", classes: tuple[str, ...] = ("cat",)
+    count: int = 1,
+    hyperparameters: str = FROM_NOISE,
+    method: str = "promptfl",
+    classes: tuple[str, ...] = ("cat",),
+    evaluation: LocalEvaluationSpec | None = None,
+    seed: int = 1,
 ) -> LocalSpec:
-    return LocalSpec(method, hyperparameters, MODEL, classes, TrainingSpec(), count)
+    splits = evaluation or LocalEvaluationSpec()
+    return LocalSpec(method, hyperparameters, MODEL, classes, TrainingSpec(), count, splits, seed)
 
 
 def experiment_spec(
-    count: int = 1, every: int = 1, hyperparameters: str = FROM_NOISE, **limits: object
+    count: int = 1, every: int = 1, hyperparameters: str = FROM_NOISE, seed: int = 1, **limits: object
 ) -> ExperimentSpec:
     defaults: dict[str, object] = {"time_limit": 100.0, "on_too_few": OnTooFew.FAIL}
     make: Callable[..., RoundsSpec] = RoundsSpec
     rounds = make(count, **{**defaults, **limits})
-    return ExperimentSpec(local_spec(count, hyperparameters), rounds, EvaluationSpec(every))
+    return ExperimentSpec(local_spec(count, hyperparameters, seed=seed), rounds, EvaluationSpec(every))
 
 
 def task(task_id: str = "t1", kind: TaskKind = TaskKind.TRAIN) -> Task:

@@ -1,6 +1,7 @@
 """Hypothesis strategies for tensors, payloads, tasks and every frame of a session."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -23,11 +24,26 @@ from fedrt.session.frames import (
     TaskResult,
     Welcome,
 )
-from fedrt.spec import LocalSpec, ModelSpec, OptimizerName, OptimizerSpec, Precision, Schedule, TrainingSpec
+from fedrt.spec import (
+    EvaluationSpec,
+    EvaluationSplit,
+    ExperimentSpec,
+    LocalEvaluationSpec,
+    LocalSpec,
+    ModelSpec,
+    OnTooFew,
+    OptimizerName,
+    OptimizerSpec,
+    Precision,
+    RoundsSpec,
+    Schedule,
+    TrainingSpec,
+)
 from fedrt.task import Failure, RefusalReason, Result, Success, Task, TaskKind, Verdict
 
 UINT32 = st.integers(0, 2**32 - 1)
 UINT64 = st.integers(0, 2**64 - 1)
+SEEDS = st.integers(0, 2**63 - 1)
 COUNTS = st.integers(1, 1_000_000)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -68,7 +84,51 @@ optimizers = st.builds(
 trainings = st.builds(TrainingSpec, COUNTS, COUNTS, optimizers, st.sampled_from(Schedule), st.sampled_from(Precision))
 class_names = st.lists(texts.filter(str.strip), min_size=1, max_size=5, unique=True).map(tuple)
 hyperparameters = st.dictionaries(texts, st.none() | st.booleans() | st.integers() | texts, max_size=3).map(json.dumps)
-local_specs = st.builds(LocalSpec, texts, hyperparameters, models, class_names, trainings, UINT32)
+splits = st.lists(st.sampled_from(EvaluationSplit), min_size=1, unique=True).map(tuple)
+
+
+@st.composite
+def classes_and_evaluations(draw: st.DrawFn) -> tuple[tuple[str, ...], LocalEvaluationSpec]:
+    """Class names, and what to measure: novel classes are others, and there are some if their split is named."""
+    known, named = draw(class_names), draw(splits)
+    if EvaluationSplit.NOVEL not in named:
+        return known, LocalEvaluationSpec(named)
+    novel = st.lists(
+        texts.filter(str.strip).filter(lambda name: name not in known), min_size=1, max_size=3, unique=True
+    )
+    return known, LocalEvaluationSpec(named, tuple(draw(novel)))
+
+
+local_specs = st.builds(
+    lambda method, hyperparameters, model, measured, training, count, seed: LocalSpec(
+        method, hyperparameters, model, measured[0], training, count, measured[1], seed
+    ),
+    texts,
+    hyperparameters,
+    models,
+    classes_and_evaluations(),
+    trainings,
+    UINT32,
+    SEEDS,
+)
+rounds = st.builds(
+    RoundsSpec,
+    st.integers(0, 1_000_000),
+    durations.filter(lambda seconds: 0 < seconds <= 30 * 86400),
+    st.none() | st.just(1),
+    st.none() | st.integers(1, 9),
+    st.sampled_from([(), ("north",), ("north", "south")]),
+    st.sampled_from(OnTooFew),
+    st.integers(0, 9),
+)
+experiment_specs = st.builds(
+    lambda local, rounds, every: ExperimentSpec(
+        replace(local, round_count=rounds.count), rounds, EvaluationSpec(every)
+    ),
+    local_specs,
+    rounds,
+    st.integers(0, 99),
+)
 tasks = st.builds(
     Task, ids, ids, UINT32, st.sampled_from(TaskKind), local_specs, digests | st.just(b""), durations, UINT64
 )

@@ -127,7 +127,7 @@ class ExperimentSpec(_message.Message):
     """Seeds selection, initial values and local training."""
     @_builtins.property
     def local(self) -> _task_pb2.LocalSpec:
-        """What a silo computes. `round_count` is set from `rounds`."""
+        """What a silo computes. `round_count` and `seed` are set from below."""
 
     @_builtins.property
     def rounds(self) -> Global___RoundsSpec:

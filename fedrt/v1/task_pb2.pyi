@@ -55,6 +55,38 @@ TASK_KIND_EVALUATE: TaskKind.ValueType  # 3
 """Measure the received tensors together with the silo's private tensors."""
 Global___TaskKind: _TypeAlias = TaskKind  # noqa: Y015
 
+class _EvaluationSplit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EvaluationSplitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EvaluationSplit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EVALUATION_SPLIT_UNSPECIFIED: _EvaluationSplit.ValueType  # 0
+    """Unused."""
+    EVALUATION_SPLIT_PERSONAL: _EvaluationSplit.ValueType  # 1
+    """The silo's own test images."""
+    EVALUATION_SPLIT_BASE: _EvaluationSplit.ValueType  # 2
+    """Test images of all classes, whichever the silo trained on."""
+    EVALUATION_SPLIT_NOVEL: _EvaluationSplit.ValueType  # 3
+    """Images of classes that nobody trained on."""
+    EVALUATION_SPLIT_DOMAIN: _EvaluationSplit.ValueType  # 4
+    """Images of the classes, from a domain that nobody trained on."""
+
+class EvaluationSplit(_EvaluationSplit, metaclass=_EvaluationSplitEnumTypeWrapper):
+    """Images that tensors are measured on. New values may be added."""
+
+EVALUATION_SPLIT_UNSPECIFIED: EvaluationSplit.ValueType  # 0
+"""Unused."""
+EVALUATION_SPLIT_PERSONAL: EvaluationSplit.ValueType  # 1
+"""The silo's own test images."""
+EVALUATION_SPLIT_BASE: EvaluationSplit.ValueType  # 2
+"""Test images of all classes, whichever the silo trained on."""
+EVALUATION_SPLIT_NOVEL: EvaluationSplit.ValueType  # 3
+"""Images of classes that nobody trained on."""
+EVALUATION_SPLIT_DOMAIN: EvaluationSplit.ValueType  # 4
+"""Images of the classes, from a domain that nobody trained on."""
+Global___EvaluationSplit: _TypeAlias = EvaluationSplit  # noqa: Y015
+
 class _Schedule:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -335,8 +367,14 @@ class LocalSpec(_message.Message):
     CLASS_NAMES_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
     ROUND_COUNT_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     round_count: _builtins.int
     """The number of rounds of the experiment: learning-rate schedules span it."""
+    seed: _builtins.int
+    """The seed of the experiment. Private tensors start from values drawn with
+    it, in whichever round a silo first takes part.
+    """
     @_builtins.property
     def method(self) -> Global___MethodConfig:
         """The method."""
@@ -355,6 +393,10 @@ class LocalSpec(_message.Message):
     def training(self) -> Global___TrainingSpec:
         """How to train."""
 
+    @_builtins.property
+    def evaluation(self) -> Global___LocalEvaluationSpec:
+        """What to measure in a task of kind evaluate."""
+
     def __init__(
         self,
         *,
@@ -363,14 +405,50 @@ class LocalSpec(_message.Message):
         class_names: _abc.Iterable[_builtins.str] | None = ...,
         training: Global___TrainingSpec | None = ...,
         round_count: _builtins.int = ...,
+        evaluation: Global___LocalEvaluationSpec | None = ...,
+        seed: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "model", b"model", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "method", b"method", "model", b"model", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_names", b"class_names", "method", b"method", "model", b"model", "round_count", b"round_count", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_names", b"class_names", "evaluation", b"evaluation", "method", b"method", "model", b"model", "round_count", b"round_count", "seed", b"seed", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LocalSpec: _TypeAlias = LocalSpec  # noqa: Y015
+
+@_typing.final
+class LocalEvaluationSpec(_message.Message):
+    """What a silo measures."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPLITS_FIELD_NUMBER: _builtins.int
+    NOVEL_CLASS_NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def splits(self) -> _containers.RepeatedScalarFieldContainer[Global___EvaluationSplit.ValueType]:
+        """The splits to measure. Empty means the personal one. A silo measures
+        those that it holds.
+        """
+
+    @_builtins.property
+    def novel_class_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The class names of the novel split, in the order of the labels. Empty
+        unless that split is named.
+        """
+
+    def __init__(
+        self,
+        *,
+        splits: _abc.Iterable[Global___EvaluationSplit.ValueType] | None = ...,
+        novel_class_names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["novel_class_names", b"novel_class_names", "splits", b"splits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalEvaluationSpec: _TypeAlias = LocalEvaluationSpec  # noqa: Y015
 
 @_typing.final
 class ModelSpec(_message.Message):

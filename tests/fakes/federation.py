@@ -54,8 +54,9 @@ def make_spec(
         ("cat", "dog"),
         TrainingSpec(),
         rounds,
+        seed=7,
     )
-    return ExperimentSpec(local, RoundsSpec(rounds, silos=silos, **rules), EvaluationSpec(every), seed=7)  # type: ignore[arg-type]
+    return ExperimentSpec(local, RoundsSpec(rounds, silos=silos, **rules), EvaluationSpec(every))  # type: ignore[arg-type]
 
 
 @dataclass

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrt import spec
+from fedrt.aggregation import ServerAdam, ServerMomentum, TrimmedMean, WeightedMean
 from fedrt.architectures import ARCHITECTURES, ClipDims, clip_dims
 from fedrt.config import effective_yaml
+from fedrt.context import ClassPosition
 from fedrt.errors import ConfigurationError, SpecError
 from fedrt.experiment_file import (
     EvaluationSection,
@@ -24,7 +26,8 @@ from fedrt.experiment_file import (
     experiment_spec,
     load_experiment,
 )
-from fedrt.method import ModelDims
+from fedrt.method import ModelDims, hyperparameters_json
+from fedrt.methods.promptfl import PromptFL
 
 DIGEST = "0123456789abcdef" * 4
 TEXT = f"""
@@ -62,7 +65,7 @@ def test_defaults_are_those_of_the_specification(load: Any) -> None:
     assert found == spec.ExperimentSpec(
         local=spec.LocalSpec(
             method_name="promptfl",
-            hyperparameters_json='{"context_init":null,"context_length":4}',
+            hyperparameters_json=hyperparameters_json(PromptFL(context_length=4)),
             model=spec.ModelSpec("ViT-B-16", DIGEST, 512, 512),
             classes=("melanoma", "nevus", "no"),
             training=spec.TrainingSpec(),
@@ -70,6 +73,8 @@ def test_defaults_are_those_of_the_specification(load: Any) -> None:
         ),
         rounds=spec.RoundsSpec(count=25),
     )
+    assert found.local.evaluation.splits == (spec.EvaluationSplit.PERSONAL,)
+    assert found.seed == found.local.seed == 1
 
 
 def test_every_key(load: Any) -> None:
@@ -84,29 +89,38 @@ training:
   precision: bf16
 rounds:
   {count: 3, time_limit: 1h30m, min_results: 1, max_silos: 2, silos: [north, south], on_too_few: retry, retries: 5}
-evaluation: {every: 0}
+evaluation: {every: 0, splits: [base, novel, personal], novel_classes: [keratosis, lentigo]}
 seed: 7
 """
     )
     optimizer = spec.OptimizerSpec(spec.OptimizerName.ADAMW, 0.001, 0.0, 0.1)
     assert found.local.training == spec.TrainingSpec(2, 8, optimizer, spec.Schedule.COSINE, spec.Precision.BF16)
     assert found.rounds == spec.RoundsSpec(3, 5400.0, 1, 2, ("north", "south"), spec.OnTooFew.RETRY, 5)
-    assert (found.evaluation.every, found.seed) == (0, 7)
+    assert (found.evaluation.every, found.seed, found.local.seed) == (0, 7, 7)
+    splits = (spec.EvaluationSplit.BASE, spec.EvaluationSplit.NOVEL, spec.EvaluationSplit.PERSONAL)
+    assert found.local.evaluation == spec.LocalEvaluationSpec(splits, ("keratosis", "lentigo"))
+
+
+def test_a_server_rule_beside_the_other_hyperparameters(load: Any) -> None:
+    text = TEXT.replace("context_length: 4", "context_length: 4, server: {rule: server_momentum, momentum: 0.5}")
+    method = load(text)[1].local.method()
+    assert method == PromptFL(context_length=4, server=ServerMomentum(momentum=0.5))
 
 
 @pytest.mark.parametrize(
-    ("section", "dataclass"),
+    ("section", "specified"),
     [
-        (OptimizerSection, spec.OptimizerSpec),
-        (TrainingSection, spec.TrainingSpec),
-        (RoundsSection, spec.RoundsSpec),
-        (EvaluationSection, spec.EvaluationSpec),
-        (ExperimentModelSection, spec.ModelSpec),
+        (OptimizerSection, [spec.OptimizerSpec]),
+        (TrainingSection, [spec.TrainingSpec]),
+        (RoundsSection, [spec.RoundsSpec]),
+        (EvaluationSection, [spec.EvaluationSpec, spec.LocalEvaluationSpec]),
+        (ExperimentModelSection, [spec.ModelSpec]),
     ],
 )
-def test_sections_have_the_fields_and_defaults_of_the_specification(section: Any, dataclass: Any) -> None:
-    assert set(section.model_fields) == {field.name for field in dataclasses.fields(dataclass)}
-    for field in dataclasses.fields(dataclass):
+def test_sections_have_the_fields_and_defaults_of_the_specification(section: Any, specified: list[Any]) -> None:
+    fields = [field for dataclass in specified for field in dataclasses.fields(dataclass)]
+    assert sorted(section.model_fields) == sorted(field.name for field in fields)
+    for field in fields:
         if field.default is not dataclasses.MISSING:
             assert section.model_fields[field.name].default == field.default
 
@@ -125,6 +139,22 @@ def test_sections_have_the_fields_and_defaults_of_the_specification(section: Any
             "experiment.yaml: method 'promptfl': context_length: Input should",
         ),
         ("context_length: 4", "context_length: 0", "context_length must be at least 1"),
+        (
+            "context_length: 4",
+            "server: {rule: trimed_mean}",
+            "experiment.yaml: method 'promptfl': server.rule is 'trimed_mean'; did you mean 'trimmed_mean'? known are",
+        ),
+        ("context_length: 4", "server: {rule: median, x: 2}", "'promptfl': server has no key 'x'; known are ['rule']"),
+        (
+            "context_length: 4",
+            "server: median",
+            "'promptfl': server must be a mapping such as {rule: median}; got 'median'",
+        ),
+        (
+            "context_length: 4",
+            "server: {rule: trimmed_mean, share: 0.5}",
+            "'promptfl': server: share is 0.5; it must be in [0, 0.5)",
+        ),
         ("name: promptfl, ", "", "experiment.yaml: method.name is missing; add it (Name of an installed method"),
         (
             "ViT-B-16",
@@ -177,6 +207,45 @@ def test_sections_have_the_fields_and_defaults_of_the_specification(section: Any
         ("count: 25", "count: 1, time_limit: 60", "rounds.time_limit must be a duration with a unit, such as 30s"),
         ("count: 25", "count: 1, on_too_few: abort", "rounds.on_too_few must be 'fail' or 'retry'; got 'abort'"),
         (
+            "rounds",
+            "evaluation: {splits: [personal, novel]}\nrounds",
+            "experiment.yaml: evaluation.splits names novel, but evaluation.novel_classes is empty; add the names of",
+        ),
+        (
+            "rounds",
+            "evaluation: {novel_classes: [lentigo]}\nrounds",
+            "experiment.yaml: evaluation.novel_classes is set, but evaluation.splits does not name novel; add it",
+        ),
+        (
+            "rounds",
+            "evaluation: {splits: [novel], novel_classes: [lentigo, nevus]}\nrounds",
+            "experiment.yaml: 'nevus' is in classes and in evaluation.novel_classes; keep it in one of the two",
+        ),
+        (
+            "rounds",
+            "evaluation: {splits: [novel], novel_classes: [lentigo, lentigo]}\nrounds",
+            "experiment.yaml: evaluation.novel_classes names 'lentigo' twice",
+        ),
+        ("rounds", "evaluation: {splits: [base, base]}\nrounds", "evaluation.splits names a split twice"),
+        ("rounds", "evaluation: {splits: []}\nrounds", "evaluation.splits is empty; name at least one of personal"),
+        (
+            "rounds",
+            "evaluation: {splits: [test]}\nrounds",
+            "evaluation.splits[0] must be 'personal', 'base', 'novel' or 'domain'; got 'test'",
+        ),
+        (
+            "rounds",
+            "evaluation: {splits: novel}\nrounds",
+            "evaluation.splits must be a list such as [one, two]; got 'novel'; write [novel]",
+        ),
+        (
+            "context_length: 4",
+            "class_specific: true}\nevaluation: {splits: [novel], novel_classes: [lentigo]",
+            "method 'promptfl' with these hyper-parameters learns something for each class, which novel classes lack",
+        ),
+        ("rounds", f"seed: {2**63}\nrounds", "experiment.yaml: seed must be between 0 and 2**63 - 1"),
+        ("rounds", "seed: -1\nrounds", "experiment.yaml: seed must be between 0 and 2**63 - 1"),
+        (
             "promptfl, context_length: 4",
             "zeroshot",
             "experiment.yaml: method 'zeroshot' trains nothing, but rounds.count is 25; "
@@ -225,39 +294,47 @@ OPTIMIZERS = st.builds(
     st.floats(0, 0.99),
     st.floats(0, 10),
 )
-SPECS = st.builds(
-    lambda classes, training, count, limit, silos, retry, every, seed: spec.ExperimentSpec(
-        spec.LocalSpec(
-            "promptfl",
-            '{"context_init":"no","context_length":3}',
-            spec.ModelSpec("RN50", DIGEST, 512, 1024),
-            tuple(classes),
-            training,
-            count,
-        ),
-        spec.RoundsSpec(count, limit / 1000, None, None, tuple(silos), retry, 1),
-        spec.EvaluationSpec(every),
-        seed,
-    ),
-    st.lists(st.text(min_size=1, max_size=20).filter(str.strip), min_size=1, max_size=5, unique=True),
-    st.builds(
-        spec.TrainingSpec,
-        st.integers(1, 9),
-        st.integers(1, 999),
-        OPTIMIZERS,
-        st.sampled_from(spec.Schedule),
-        st.sampled_from(spec.Precision),
-    ),
-    st.integers(0, 1_000_000),
-    st.integers(1, 30 * 86_400_000),
-    st.lists(NAMES, max_size=3, unique=True),
-    st.sampled_from(spec.OnTooFew),
-    st.integers(0, 9),
-    st.integers(0, 2**63 - 1),
+TRAININGS = st.builds(
+    spec.TrainingSpec,
+    st.integers(1, 9),
+    st.integers(1, 999),
+    OPTIMIZERS,
+    st.sampled_from(spec.Schedule),
+    st.sampled_from(spec.Precision),
 )
+METHODS = st.builds(
+    PromptFL,
+    context_length=st.integers(1, 9),
+    context_init=st.none() | st.just("no"),  # which YAML would read as false
+    class_position=st.sampled_from(ClassPosition),
+    server=st.sampled_from(
+        [WeightedMean(), ServerMomentum(momentum=0.25), ServerAdam(tau=1e-7), TrimmedMean(share=0.3)]
+    ),
+)
+CLASSES = st.lists(st.text(min_size=1, max_size=20).filter(str.strip), min_size=2, max_size=6, unique=True)
+SPLITS = st.lists(st.sampled_from(spec.EvaluationSplit), min_size=1, unique=True)
 
 
-@given(SPECS)
+@st.composite
+def specifications(draw: st.DrawFn) -> spec.ExperimentSpec:
+    classes, splits, count = draw(CLASSES), draw(SPLITS), draw(st.integers(0, 1_000_000))
+    novel = draw(st.integers(1, len(classes) - 1)) if spec.EvaluationSplit.NOVEL in splits else 0
+    local = spec.LocalSpec(
+        "promptfl",
+        hyperparameters_json(draw(METHODS)),
+        spec.ModelSpec("RN50", DIGEST, 512, 1024),
+        tuple(classes[novel:]),
+        draw(TRAININGS),
+        count,
+        spec.LocalEvaluationSpec(tuple(splits), tuple(classes[:novel])),
+        draw(st.integers(0, 2**63 - 1)),
+    )
+    limit, silos = draw(st.integers(1, 30 * 86_400_000)), draw(st.lists(NAMES, max_size=3, unique=True))
+    rounds = spec.RoundsSpec(count, limit / 1000, None, None, tuple(silos), draw(st.sampled_from(spec.OnTooFew)), 1)
+    return spec.ExperimentSpec(local, rounds, spec.EvaluationSpec(draw(st.integers(0, 9))))
+
+
+@given(specifications())
 def test_a_specification_survives_the_way_through_its_file(tmp_path_factory: Any, found: spec.ExperimentSpec) -> None:
     path = tmp_path_factory.mktemp("experiment") / "experiment.yaml"
     path.write_text(effective_yaml(experiment_file("skin-1", found)), encoding="utf-8")
@@ -286,9 +363,28 @@ def test_a_file_is_validated_also_without_yaml() -> None:
 def test_schema_knows_the_hyperparameters_of_the_methods() -> None:
     variants = experiment_schema()["$defs"]["MethodSection"]["oneOf"]
     promptfl = next(v for v in variants if v["properties"]["name"].get("const") == "promptfl")
-    assert set(promptfl["properties"]) == {"name", "context_length", "context_init"}
+    assert set(promptfl["properties"]) == {"name", *(field.name for field in dataclasses.fields(PromptFL))}
     assert promptfl["additionalProperties"] is False
     assert promptfl["required"] == ["name"]
+
+
+def test_schema_knows_the_server_rules_and_their_keys() -> None:
+    definitions = experiment_schema()["$defs"]
+    promptfl = next(
+        v for v in definitions["MethodSection"]["oneOf"] if v["properties"]["name"].get("const") == "promptfl"
+    )
+    server = promptfl["properties"]["server"]
+    assert server["default"] == {"rule": "weighted_mean"}
+    rules = {rule: definitions[place.rpartition("/")[2]] for rule, place in server["discriminator"]["mapping"].items()}
+    assert {rule: sorted(found["properties"]) for rule, found in rules.items()} == {
+        "weighted_mean": ["rule"],
+        "uniform_mean": ["rule"],
+        "server_momentum": ["learning_rate", "momentum", "rule"],
+        "server_adam": ["beta1", "beta2", "learning_rate", "rule", "tau"],
+        "median": ["rule"],
+        "trimmed_mean": ["rule", "share"],
+    }
+    assert all(found["additionalProperties"] is False for found in rules.values())
 
 
 def test_dimensions_are_those_of_open_clip() -> None:

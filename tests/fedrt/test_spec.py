@@ -6,7 +6,9 @@ from fedrt.errors import ExitCode, SpecError
 from fedrt.spec import (
     MAX_CLASSES,
     EvaluationSpec,
+    EvaluationSplit,
     ExperimentSpec,
+    LocalEvaluationSpec,
     LocalSpec,
     ModelSpec,
     OptimizerSpec,
@@ -172,9 +174,65 @@ def test_the_silo_must_be_told_the_number_of_rounds():
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_has_63_bits(seed):
-    assert ExperimentSpec(local_spec(), RoundsSpec(1), seed=2**63 - 1)
+    assert ExperimentSpec(local_spec(seed=2**63 - 1), RoundsSpec(1)).seed == 2**63 - 1
     with refused(r"seed must be between 0 and 2\*\*63 - 1"):
-        ExperimentSpec(local_spec(), RoundsSpec(1), seed=seed)
+        local_spec(seed=seed)
+
+
+# What is measured
+
+
+def evaluation(*splits, novel=()):
+    return LocalEvaluationSpec(tuple(map(EvaluationSplit, splits)), novel)
+
+
+def test_a_silo_measures_its_own_images_unless_told_otherwise():
+    assert local_spec().evaluation == LocalEvaluationSpec((EvaluationSplit.PERSONAL,), ())
+
+
+@pytest.mark.parametrize(
+    ("splits", "novel", "message"),
+    [
+        ((), (), "evaluation.splits is empty; name at least one of personal, base, novel and domain"),
+        (("base", "personal", "base"), (), "evaluation.splits names a split twice"),
+        (("personal", "novel"), (), "names novel, but evaluation.novel_classes is empty; add the names of the new"),
+        (("personal", "base"), ("fox",), "evaluation.novel_classes is set, but evaluation.splits does not name novel"),
+        (("novel",), ("fox", "fox"), "evaluation.novel_classes names 'fox' twice"),
+        (("novel",), ("fox", " "), "evaluation.novel_classes: ' ' is empty or longer than 200 characters"),
+        (("novel",), ("f" * 201,), "evaluation.novel_classes: .* longer than 200 characters"),
+        (("novel",), tuple(map(str, range(MAX_CLASSES + 1))), "evaluation.novel_classes holds 100001 names"),
+    ],
+)
+def test_wrong_splits_are_named(splits, novel, message):
+    with refused(message):
+        evaluation(*splits, novel=novel)
+
+
+def test_a_novel_class_is_none_that_is_trained():
+    novel = evaluation("novel", novel=("fox", "dog", "cat"))
+    assert local_spec(classes=("cow",), evaluation=novel).evaluation is novel
+    with refused("'cat' is in classes and in evaluation.novel_classes; keep it in one of the two"):
+        local_spec(classes=("cow", "cat", "dog"), evaluation=novel)
+
+
+def test_what_is_learned_for_each_class_is_not_there_for_a_novel_one():
+    specific = '{"class_specific":true,"context_length":2}'
+    measured = evaluation("personal", "novel", novel=("fox",))
+    (tensor,) = local_spec(hyperparameters=specific, classes=("cat", "dog")).tensors()
+    assert tensor.shape == (2, 2, 8)
+    assert local_spec(classes=("cat", "dog"), evaluation=measured).tensors() == local_spec(classes=("cat",)).tensors()
+    spec = local_spec(hyperparameters=specific, classes=("cat", "dog"), evaluation=measured)
+    with refused(
+        "'promptfl' .* learns something for each class, which novel classes lack; remove novel from evaluation"
+    ):
+        spec.tensors()
+
+
+def test_one_class_more_is_no_accident_of_the_number_of_classes():
+    """Of one class and a context of one vector, too, the axis of the classes is seen."""
+    measured = evaluation("novel", novel=("fox",))
+    with refused("learns something for each class"):
+        local_spec(hyperparameters='{"class_specific":true,"context_length":1}', evaluation=measured).tensors()
 
 
 def test_a_local_spec_knows_its_method_and_tensors():

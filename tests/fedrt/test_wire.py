@@ -19,7 +19,9 @@ from fedrt.session.frames import (
     UnreadableOffer,
     UnreadableResult,
 )
+from fedrt.spec import EvaluationSplit, LocalEvaluationSpec
 from fedrt.task import Failure, RefusalReason, Result, Success, TaskKind
+from fedrt.v1 import experiment_pb2 as experiment_pb
 from fedrt.v1 import session_service_pb2 as session_pb
 from fedrt.v1 import task_pb2 as task_pb
 from fedrt.v1 import tensor_pb2 as tensor_pb
@@ -37,8 +39,9 @@ from fedrt.wire import (
     time_from_pb,
     time_to_pb,
 )
+from fedrt.wire_values import experiment_spec_from_pb, experiment_spec_to_pb
 from tests import strategies as fedrt_st
-from tests.samples import payload, task
+from tests.samples import experiment_spec, local_spec, payload, task
 
 Request = session_pb.OpenSessionRequest
 Response = session_pb.OpenSessionResponse
@@ -60,6 +63,12 @@ def test_every_local_spec_survives(spec, schema):
     message = task_pb.LocalSpec.FromString(local_spec_to_pb(spec, schema).SerializeToString())
     assert local_spec_from_pb(message) == spec
     assert message.method.schema_sha256 == schema
+
+
+@given(fedrt_st.experiment_specs, fedrt_st.digests)
+def test_every_specification_of_an_experiment_survives(spec, schema):
+    data = experiment_spec_to_pb(spec, schema).SerializeToString()
+    assert experiment_spec_from_pb(experiment_pb.ExperimentSpec.FromString(data)) == spec
 
 
 @given(fedrt_st.manifests())
@@ -109,6 +118,41 @@ class TestFramesOfALaterVersion:
         assert request_from_pb(Request.FromString(data + self.LATER)) == TaskProgress("t", 1, 2)
 
 
+class TestSplitsAndSeed:
+    """What was added to the part of an experiment that a silo needs."""
+
+    def test_an_offer_of_an_older_coordinator_means_the_personal_split(self):
+        message = local_spec_to_pb(local_spec())
+        message.ClearField("evaluation")
+        message.ClearField("seed")
+        found = local_spec_from_pb(message)
+        assert found.evaluation == LocalEvaluationSpec((EvaluationSplit.PERSONAL,), ())
+        assert found.seed == 0
+
+    def test_splits_keep_their_order_and_novel_classes_that_of_their_labels(self):
+        splits = tuple(reversed(EvaluationSplit))
+        spec = local_spec(evaluation=LocalEvaluationSpec(splits, ("zebra", "ant")), seed=2**63 - 1)
+        message = local_spec_to_pb(spec)
+        assert list(message.evaluation.novel_class_names) == ["zebra", "ant"]
+        assert [task_pb.EvaluationSplit.Name(number) for number in message.evaluation.splits] == [
+            f"EVALUATION_SPLIT_{name}" for name in ("DOMAIN", "NOVEL", "BASE", "PERSONAL")
+        ]
+        assert local_spec_from_pb(message) == spec
+
+    def test_the_seed_of_the_experiment_is_that_of_its_silos(self):
+        message = experiment_spec_to_pb(experiment_spec(seed=2**63 - 1))
+        assert message.seed == message.local.seed == 2**63 - 1
+        message.local.seed = 3
+        message.seed = 2**63 - 2
+        assert experiment_spec_from_pb(message).local.seed == 2**63 - 2
+
+    def test_a_seed_of_64_bits_is_no_seed_of_an_experiment(self):
+        message = experiment_spec_to_pb(experiment_spec())
+        message.seed = 2**64 - 1
+        with pytest.raises(SpecError, match="seed must be between 0 and"):
+            experiment_spec_from_pb(message)
+
+
 def offer_message():
     manifest, _ = payload()
     return response_to_pb(TaskOffer(task("t1"), manifest))
@@ -120,6 +164,14 @@ OFFER_SPOILERS = {
     "unknown schedule": lambda offer: setattr(offer.local.training, "schedule", UNKNOWN),
     "unknown precision": lambda offer: setattr(offer.local.training, "precision", UNKNOWN),
     "unknown optimizer": lambda offer: setattr(offer.local.training.optimizer, "algorithm", UNKNOWN),
+    "unknown split": lambda offer: offer.local.evaluation.splits.append(UNKNOWN),
+    "the same split twice": lambda offer: offer.local.evaluation.splits.extend([task_pb.EVALUATION_SPLIT_BASE] * 2),
+    "novel split without names": lambda offer: offer.local.evaluation.splits.append(task_pb.EVALUATION_SPLIT_NOVEL),
+    "novel names without the split": lambda offer: offer.local.evaluation.novel_class_names.append("fox"),
+    "a novel class that is trained": lambda offer: offer.local.evaluation.MergeFrom(
+        task_pb.LocalEvaluationSpec(splits=[task_pb.EVALUATION_SPLIT_NOVEL], novel_class_names=["cat"])
+    ),
+    "a seed of 64 bits": lambda offer: setattr(offer.local, "seed", 2**63),
     "unknown element type": lambda offer: setattr(offer.shared_tensors.tensors[0], "element_type", UNKNOWN),
     "no spec": lambda offer: offer.ClearField("local"),
     "no learning rate": lambda offer: offer.local.training.optimizer.ClearField("learning_rate"),

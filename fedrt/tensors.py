@@ -36,29 +36,43 @@ class Zeros:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """The same value everywhere."""
+
+    value: float
+
+
+@dataclass(frozen=True)
 class Phrase:
-    """The token embeddings of a phrase: known only where CLIP is, so a silo computes them."""
+    """The token embeddings of a phrase, plus draws from Normal(0, noise²): known only where CLIP is, so at a silo."""
 
     text: str
+    noise: float = 0.0
 
 
-Init = Normal | Zeros | Phrase
+Init = Normal | Zeros | Constant | Phrase
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Declares one float32 tensor of a method."""
+    """Declares one float32 tensor of a method.
+
+    The optimiser moves what is `trained`; a private tensor that is not is set by the method itself, before training.
+    """
 
     name: str
     shape: tuple[int, ...]
     scope: Scope
     init: Init = field(default_factory=Normal)
+    trained: bool = True
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("_", "").isalnum() or not self.name.isascii():
             raise ValueError(f"tensor name {self.name!r} is not made of letters, digits and underscores")
         if any(extent < 1 for extent in self.shape):
             raise ValueError(f"tensor {self.name!r} has an empty shape {self.shape}")
+        if self.scope is Scope.SHARED and not self.trained:
+            raise ValueError(f"tensor {self.name!r} is shared but not trained; only a private tensor can be set locally")
 
 
 def of_scope(specs: Iterable[TensorSpec], scope: Scope) -> tuple[TensorSpec, ...]:
@@ -96,6 +110,8 @@ def initial_tensors(specs: Iterable[TensorSpec], seed: int) -> dict[str, Array]:
                 values[spec.name] = np.multiply(draw, np.float32(std), out=draw)
             case Zeros():
                 values[spec.name] = np.zeros(spec.shape, np.float32)
+            case Constant(value):
+                values[spec.name] = np.full(spec.shape, value, np.float32)
             case Phrase(text):
                 raise ValueError(f"tensor {spec.name!r} starts from the phrase {text!r}: only a silo can compute that")
     return values

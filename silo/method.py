@@ -1,10 +1,13 @@
-"""The local half of a method: what it sees (features, labels, a text tower) and the two pure functions it gives."""
+"""The local half of a method: what it sees (features, labels, a text tower) and the pure functions it gives."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
+
+from fedrt.context import ClassPosition
 
 Params = Mapping[str, Tensor]  # every declared tensor by name, shared and private
 
@@ -24,22 +27,50 @@ class Batch(NamedTuple):
 
 
 class TextTower(Protocol):
-    """CLIP's frozen text tower, bound to the experiment's class names."""
+    """CLIP's frozen text tower, bound to class names: the experiment's, or those of an evaluation split."""
 
     @property
     def logit_scale(self) -> Tensor:
         """Exp of CLIP's trained temperature, a scalar."""
 
-    def encode(self, context: Tensor) -> Tensor:
-        """Unit-norm features [..., C, D] of [start, context, class name, ".", end] for context [..., L, E]."""
+    def encode(
+        self, context: Tensor, position: ClassPosition = ClassPosition.END, class_specific: bool = False
+    ) -> Tensor:
+        """Unit-norm features [..., C, D] of [start, context, class name, ".", end] for context [..., L, E].
+
+        With `class_specific`, of one context for each class, [..., C, L, E]. Several contexts in one call cost least.
+        """
 
     def handcrafted(self) -> Tensor:
-        """Unit-norm features [C, D] of "a photo of a {class}."."""
+        """Unit-norm features [C, D] of "a photo of a {class}.", without gradient."""
+
+    def placeholder(self, length: int, position: ClassPosition = ClassPosition.END) -> Tensor:
+        """Unit-norm features [C, D] of the prompt with `length` words "X" for context, without gradient."""
+
+
+Classifier = Callable[[ImageFeatures], Tensor]  # -> logits [B, C]
+Classify = Callable[[Params], Classifier]  # does the work on texts once, so that many batches of images can follow
+Loss = Callable[[Params, Params, Batch], Tensor]  # (parameters, received shared, batch) -> scalar
+Prepare = Callable[[Params, Batch], Params]  # (parameters, all training examples) -> tensors that are not trained
 
 
 @dataclass(frozen=True)
 class LocalMethod:
-    """What a method computes locally. Optimiser, batches, devices and deltas are not its business."""
+    """What a method computes locally. Optimiser, batches, devices and deltas are not its business.
 
-    logits: Callable[[Params, ImageFeatures], Tensor]  # [B, C]
-    loss: Callable[[Params, Params, Batch], Tensor]  # (parameters, received shared, batch) -> scalar
+    `prepare`, for methods with tensors that are not trained, is called once before the training of each round, without
+    gradient, and returns their new values.
+    """
+
+    classify: Classify
+    loss: Loss
+    prepare: Prepare | None = None
+
+
+def cross_entropy(classify: Classify) -> Loss:
+    """The mean cross-entropy of a classifier's logits: the loss of most methods, or the first term of it."""
+
+    def loss(params: Params, _received: Params, batch: Batch) -> Tensor:
+        return F.cross_entropy(classify(params)(batch.images), batch.labels)
+
+    return loss

@@ -1,13 +1,16 @@
 """Local training: a method's loss, an optimiser of its own per call, and batches shuffled by a seed.
 
-The optimiser starts fresh in every call: no momentum leaks from round to round. The learning rate follows the whole
-experiment, not the call, so a cosine really ends at the last round. The last, smaller batch of an epoch is used.
+The optimiser starts fresh in every call, unless a caller carries its state on (the papers' code does, between silos):
+no momentum leaks from round to round. The learning rate follows the whole experiment, not the call, so a cosine really
+ends at the last round. The last, smaller batch of an epoch is used.
 """
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +24,14 @@ from silo.work import OnProgress
 
 @dataclass(frozen=True)
 class Examples:
-    """A silo's N images as features, and their labels [N], indices into the experiment's classes; on one device."""
+    """N images of one silo as rows [N] of a table of features, and their labels [N]; all on one device.
 
-    images: ImageFeatures
+    A label is an index into the experiment's classes, or those of an evaluation split. The table may hold the images of
+    other splits, and of other silos on the same host.
+    """
+
+    table: ImageFeatures
+    rows: Tensor
     labels: Tensor
 
     def __len__(self) -> int:
@@ -31,8 +39,8 @@ class Examples:
 
     def batch(self, chosen: Tensor | slice) -> Batch:
         """The examples with these indices."""
-        patches = self.images.patches
-        images = ImageFeatures(self.images.pooled[chosen], None if patches is None else patches[chosen])
+        rows, patches = self.rows[chosen], self.table.patches
+        images = ImageFeatures(self.table.pooled[rows], None if patches is None else patches[rows])
         return Batch(images, self.labels[chosen])
 
 
@@ -48,6 +56,9 @@ class RoundPosition:
             raise ValueError(f"round {self.round_number} of {self.round_count} does not exist")
 
 
+OptimizerState = Mapping[str, Any]  # as torch.optim gives it
+
+
 @dataclass(frozen=True)
 class Plan:
     """How to train: the experiment's settings, the position of the round, and the seed of the shuffling."""
@@ -59,10 +70,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Start:
-    """The tensors to start from: shared as received this round, private as held by this silo."""
+    """The tensors to start from: shared as received this round, private as held by this silo.
+
+    `optimizer` is the state that an earlier call ended with; None, as in every task of a federation, starts it fresh.
+    """
 
     received: Params
     private: Params
+    optimizer: OptimizerState | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,7 @@ class Trained:
     shared: dict[str, Tensor]
     private: dict[str, Tensor]
     metrics: dict[str, float]
+    optimizer: OptimizerState
 
 
 def train(
@@ -89,10 +105,12 @@ def train(
     """
     if not len(examples):
         raise WorkError(FailureReason.DATA_UNAVAILABLE, "there are no training examples")
-    params = _trainable(specs, start)
+    params = _prepared(method, specs, start, examples)
     device = examples.labels.device
     arithmetic = autocast(plan.training.precision, device)
-    optimizer = make_optimizer(plan.training.optimizer, list(params.values()))
+    optimizer = make_optimizer(plan.training.optimizer, [params[spec.name] for spec in specs if spec.trained])
+    if start.optimizer is not None:
+        optimizer.load_state_dict(copy.deepcopy(dict(start.optimizer)))
     scaler = torch.amp.GradScaler(device.type, enabled=plan.training.precision is Precision.FP16)
     shuffle = torch.Generator().manual_seed(plan.seed)
     batches = -(-len(examples) // plan.training.batch_size)
@@ -110,7 +128,7 @@ def train(
                 on_progress(steps, batches * plan.training.local_epochs)
             mean_loss = float(total) / len(examples)  # the only wait for the device in an epoch, but for fp16
             _check_finite(mean_loss, epoch)
-    return _finish(specs, params, mean_loss)
+    return _finish(specs, params, mean_loss, optimizer.state_dict())
 
 
 def learning_rate(training: TrainingSpec, position: RoundPosition, epoch: int) -> float:
@@ -159,15 +177,25 @@ def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.G
     scaler.update()
 
 
-def _trainable(specs: tuple[TensorSpec, ...], start: Start) -> dict[str, Tensor]:
+def _prepared(
+    method: LocalMethod, specs: tuple[TensorSpec, ...], start: Start, examples: Examples
+) -> dict[str, Tensor]:
+    """Copies to train, and what the method itself sets before it trains."""
     held = {Scope.SHARED: start.received, Scope.PRIVATE: start.private}
     for scope, tensors in held.items():
         declared = {spec.name: spec.shape for spec in specs if spec.scope is scope}
         if declared != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
             raise ValueError(f"{scope.value} tensors {sorted(tensors)} are not the declared ones {sorted(declared)}")
-    if not specs:
-        raise ValueError("a method that declares no tensors cannot be trained")
-    return {spec.name: held[spec.scope][spec.name].detach().clone().requires_grad_(True) for spec in specs}
+    if not any(spec.trained for spec in specs):
+        raise ValueError("a method that declares no tensors to train cannot be trained")
+    params = {spec.name: held[spec.scope][spec.name].detach().clone() for spec in specs}
+    if method.prepare is not None:
+        with torch.no_grad():
+            settled = method.prepare(params, examples.batch(slice(None)))
+        if set(settled) != {spec.name for spec in specs if not spec.trained}:
+            raise ValueError(f"the method prepared {sorted(settled)}, not exactly the tensors that are not trained")
+        params |= settled
+    return {spec.name: params[spec.name].requires_grad_(spec.trained) for spec in specs}
 
 
 def _shuffled(examples: Examples, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
@@ -176,7 +204,7 @@ def _shuffled(examples: Examples, batch_size: int, generator: torch.Generator) -
         yield examples.batch(order[at : at + batch_size])
 
 
-def _finish(specs: tuple[TensorSpec, ...], params: Params, mean_loss: float) -> Trained:
+def _finish(specs: tuple[TensorSpec, ...], params: Params, mean_loss: float, optimizer: OptimizerState) -> Trained:
     trained = {name: tensor.detach() for name, tensor in params.items()}
     for name, tensor in trained.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -185,7 +213,7 @@ def _finish(specs: tuple[TensorSpec, ...], params: Params, mean_loss: float) -> 
         scope: {spec.name: trained[spec.name] for spec in specs if spec.scope is scope}
         for scope in (Scope.SHARED, Scope.PRIVATE)
     }
-    return Trained(scopes[Scope.SHARED], scopes[Scope.PRIVATE], {"loss": mean_loss})
+    return Trained(scopes[Scope.SHARED], scopes[Scope.PRIVATE], {"loss": mean_loss}, optimizer)
 
 
 def _check_finite(mean_loss: float, epoch: int) -> None:

@@ -7,10 +7,23 @@ from importlib.metadata import EntryPoint, entry_points
 
 from fedrt.errors import SpecError
 from fedrt.method import Method, parse_hyperparameters
+from fedrt.methods.coop import CoOp
+from fedrt.methods.fedotp import FedOTP
+from fedrt.methods.fedpgp import FedPGP
+from fedrt.methods.fedprox import FedProx
 from fedrt.methods.promptfl import PromptFL
+from fedrt.methods.promptfolio import PromptFolio
 from fedrt.methods.zeroshot import ZeroShot
 
-BUILT_IN: dict[str, type[Method]] = {method.name: method for method in (PromptFL, ZeroShot)}
+BUILT_IN: dict[str, type[Method]] = {
+    CoOp.name: CoOp,
+    FedOTP.name: FedOTP,
+    FedPGP.name: FedPGP,
+    FedProx.name: FedProx,
+    PromptFL.name: PromptFL,
+    PromptFolio.name: PromptFolio,
+    ZeroShot.name: ZeroShot,
+}
 
 
 @lru_cache(maxsize=1)

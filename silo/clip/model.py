@@ -12,7 +12,7 @@ from torch import Tensor
 from fedrt.errors import ConfigurationError, FailureReason, WorkError
 from silo.clip.architecture import Architecture, find_architecture
 from silo.clip.images import has_patches, image_features
-from silo.clip.text import ClassPosition, ClipTextTower, embed
+from silo.clip.text import ClipTextTower, embed
 from silo.clip.tokens import Vocabulary
 from silo.clip.weights import (
     WeightsFile,
@@ -97,9 +97,9 @@ class FrozenClip:
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             return image_features(self.model, images.to(self.device), patches)
 
-    def text_tower(self, class_names: Sequence[str], position: ClassPosition = ClassPosition.END) -> ClipTextTower:
+    def text_tower(self, class_names: Sequence[str]) -> ClipTextTower:
         """The text tower bound to class names. Raises `WorkError` if a name cannot be spelled or is too long."""
-        return ClipTextTower(self.model, self.vocabulary, class_names, position)
+        return ClipTextTower(self.model, self.vocabulary, class_names)
 
     def embed_phrase(self, text: str, length: int) -> Tensor:
         """Token embeddings [L, E] of a phrase. Raises `WorkError` unless it has exactly `length` tokens."""

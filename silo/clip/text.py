@@ -5,7 +5,6 @@ no feature depends on it. Gradients flow to the context only. A faster engine ma
 this one says what it must compute.
 """
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,18 +13,12 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from torch import Tensor
 
+from fedrt.context import ClassPosition
 from fedrt.errors import FailureReason, WorkError
 from silo.clip.tokens import Vocabulary, unknown_words_error
 
 HANDCRAFTED = "a photo of a"
-
-
-class ClassPosition(enum.Enum):
-    """Where the class name stands: after, between the two halves of, or before the context (CoOp)."""
-
-    END = "end"
-    MIDDLE = "middle"
-    FRONT = "front"
+PLACEHOLDER = "X"  # what CoOp's code writes where the context will stand
 
 
 @dataclass(frozen=True)
@@ -43,24 +36,17 @@ class ClipTextTower:
     Raises `WorkError` when built if a class name cannot be spelled or leaves no room for a context.
     """
 
-    def __init__(
-        self,
-        model: CLIP,
-        vocabulary: Vocabulary,
-        class_names: Sequence[str],
-        position: ClassPosition = ClassPosition.END,
-    ) -> None:
+    def __init__(self, model: CLIP, vocabulary: Vocabulary, class_names: Sequence[str]) -> None:
         self._model = model
         self._classes = _tokenise(vocabulary, class_names)
         self._vocabulary = vocabulary
-        self._position = position
         self._check_length(1)
         device = model.token_embedding.weight.device
         longest = max(len(entry.rows) for entry in self._classes)
         rows = [entry.rows + (vocabulary.end,) * (longest - len(entry.rows)) for entry in self._classes]
         self._suffix = embed(model, torch.tensor(rows, device=device))  # [C, S, E]
         self._start = embed(model, torch.tensor([vocabulary.start], device=device))  # [1, E]
-        self._handcrafted: Tensor | None = None
+        self._constants: dict[tuple[str, ClassPosition], Tensor] = {}  # features of fixed phrases
         self._scale: Tensor = model.logit_scale.detach().exp().reshape(())
 
     @property
@@ -68,30 +54,42 @@ class ClipTextTower:
         """The exponential of CLIP's trained temperature, a scalar."""
         return self._scale
 
-    def encode(self, context: Tensor) -> Tensor:
+    def encode(
+        self, context: Tensor, position: ClassPosition = ClassPosition.END, class_specific: bool = False
+    ) -> Tensor:
         """Unit-norm features [..., C, D] of a context [..., L, E] that all classes share.
 
-        Raises `WorkError` if a prompt does not fit into the model's context length.
+        With `class_specific`, of one context per class, [..., C, L, E]. Raises `WorkError` if a prompt does not fit
+        into the model's context length.
         """
-        *leading, length, width = context.shape
-        return self.encode_class_specific(context.unsqueeze(-3).expand(*leading, len(self._classes), length, width))
-
-    def encode_class_specific(self, context: Tensor) -> Tensor:
-        """Unit-norm features [..., C, D] of one context per class, [..., C, L, E]. Raises `WorkError` like `encode`."""
-        return self._encode(context, self._position)
+        if not class_specific:
+            *leading, length, width = context.shape
+            context = context.unsqueeze(-3).expand(*leading, len(self._classes), length, width)
+        return self._encode(context, position)
 
     def handcrafted(self) -> Tensor:
-        """Unit-norm features [C, D] of "a photo of a {class}.", without gradient; always the same tensor.
+        """Unit-norm features [C, D] of "a photo of a {class}.", without gradient; always the same tensor."""
+        return self._constant(HANDCRAFTED, ClassPosition.END)
 
-        It is computed once, in the model's own precision, whatever autocast the first caller trains under: it serves
-        later experiments as well.
+    def placeholder(self, length: int, position: ClassPosition = ClassPosition.END) -> Tensor:
+        """Unit-norm features [C, D] of "X X … X {class}." with `length` X, without gradient; always the same tensor.
+
+        Raises `WorkError` if the model's vocabulary lacks the X, or a prompt does not fit.
         """
-        if self._handcrafted is None:
+        return self._constant(" ".join([PLACEHOLDER] * length), position)
+
+    def _constant(self, phrase: str, position: ClassPosition) -> Tensor:
+        """Computed once, in the model's own precision, whatever autocast the first caller trains under.
+
+        It serves later experiments as well.
+        """
+        key = (phrase, position)
+        if key not in self._constants:
             device = self._start.device
-            phrase = embed(self._model, torch.tensor(self._vocabulary.encode(HANDCRAFTED), device=device))
+            rows = embed(self._model, torch.tensor(self._vocabulary.encode(phrase), device=device))
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                self._handcrafted = self._encode(phrase.expand(len(self._classes), -1, -1), ClassPosition.END)
-        return self._handcrafted
+                self._constants[key] = self._encode(rows.expand(len(self._classes), -1, -1), position)
+        return self._constants[key]
 
     def _encode(self, context: Tensor, position: ClassPosition) -> Tensor:
         *leading, classes, length, width = context.shape

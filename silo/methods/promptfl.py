@@ -5,20 +5,22 @@ of Models", IEEE Transactions on Mobile Computing 2023, arXiv:2208.11625. The co
 arXiv:2109.01134).
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedrt.methods.promptfl import PromptFL
-from silo.method import Batch, ImageFeatures, LocalMethod, Params, TextTower
+from silo.contexts import class_features
+from silo.method import Classifier, ImageFeatures, LocalMethod, Params, TextTower, cross_entropy
 
 
 def build(method: PromptFL, text: TextTower) -> LocalMethod:
     """Logits are s · unit(img) · unit(text([start, context, class, '.', end]))ᵀ; the loss is their cross-entropy."""
 
-    def logits(params: Params, images: ImageFeatures) -> Tensor:
-        return text.logit_scale * images.pooled @ text.encode(params["context"]).T  # [B, C]
+    def classify(params: Params) -> Classifier:
+        features = class_features(text, method, params["context"])[0].mean(0)  # [C, D]
 
-    def loss(params: Params, _received: Params, batch: Batch) -> Tensor:
-        return F.cross_entropy(logits(params, batch.images), batch.labels)
+        def logits(images: ImageFeatures) -> Tensor:
+            return text.logit_scale * images.pooled @ features.T  # [B, C]
 
-    return LocalMethod(logits, loss)
+        return logits
+
+    return LocalMethod(classify, cross_entropy(classify))

@@ -4,21 +4,19 @@ Alec Radford et al.: "Learning Transferable Visual Models From Natural Language 
 arXiv:2103.00020.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedrt.methods.zeroshot import ZeroShot
-from silo.method import Batch, ImageFeatures, LocalMethod, Params, TextTower
+from silo.method import Classifier, ImageFeatures, LocalMethod, Params, TextTower, cross_entropy
 
 
 def build(method: ZeroShot, text: TextTower) -> LocalMethod:
     """Logits are s · unit(img) · unit(text("a photo of a {class}."))ᵀ; the loss is their cross-entropy."""
-    classes = text.handcrafted()  # [C, D]
 
-    def logits(_params: Params, images: ImageFeatures) -> Tensor:
-        return text.logit_scale * images.pooled @ classes.T  # [B, C]
+    def classify(_params: Params) -> Classifier:
+        def logits(images: ImageFeatures) -> Tensor:
+            return text.logit_scale * images.pooled @ text.handcrafted().T  # [B, C]
 
-    def loss(params: Params, _received: Params, batch: Batch) -> Tensor:
-        return F.cross_entropy(logits(params, batch.images), batch.labels)
+        return logits
 
-    return LocalMethod(logits, loss)
+    return LocalMethod(classify, cross_entropy(classify))

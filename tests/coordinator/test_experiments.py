@@ -87,6 +87,14 @@ def test_stages_follow_each_other_as_in_a_plain_list(count, every, needs_clip):
     assert stages == naive_stages(count, every, needs_clip)
 
 
+def test_words_that_a_private_tensor_starts_from_need_no_stage():
+    """Every silo computes its own private tensors, in the round in which it first takes part."""
+    spec = experiment_spec(2, 0, FROM_WORDS)
+    private = dataclasses.replace(spec, local=dataclasses.replace(spec.local, method_name="coop"))
+    assert create("e1", spec, "", 0.0).stage == Stage(TaskKind.INITIALIZE, 0)
+    assert create("e1", private, "", 0.0).stage == Stage(TaskKind.TRAIN, 1)
+
+
 def test_a_stage_after_a_retry_starts_with_the_first_attempt():
     assert next_stage(experiment_spec(2), Stage(TaskKind.TRAIN, 1, attempt=2)) == Stage(TaskKind.EVALUATE, 1)
 
@@ -216,9 +224,7 @@ def test_a_retry_does_not_insist_on_the_silo_that_failed_to_initialize():
     """Or one silo whose policy refuses would end an experiment that all others can run."""
     others = 0
     for seed in range(10):
-        spec = dataclasses.replace(
-            experiment_spec(hyperparameters=FROM_WORDS, on_too_few=OnTooFew.RETRY, retries=1), seed=seed
-        )
+        spec = experiment_spec(hyperparameters=FROM_WORDS, seed=seed, on_too_few=OnTooFew.RETRY, retries=1)
         first, _ = step(create("e1", spec, "", 0.0), SilosChanged(), ALL_THERE, 0.0)
         (ask,) = first.round.asks
         second, _ = step(first, Refused(ask.task_id, RefusalReason.POLICY, "no"), ALL_THERE, 1.0)
@@ -238,7 +244,7 @@ def test_task_ids_tell_experiments_stages_attempts_and_silos_apart():
 def test_task_seeds_depend_on_seed_round_silo_and_kind_and_fit_63_bits():
     experiment, _ = begun()
     round_ = experiment.round
-    other_run = dataclasses.replace(experiment, spec=dataclasses.replace(experiment.spec, seed=2))
+    other_run = dataclasses.replace(experiment, spec=experiment_spec(seed=2))
     seeds = [
         task_seed(experiment, round_, "north"),
         task_seed(experiment, round_, "south"),

@@ -9,6 +9,7 @@ from fedrt.errors import TensorError
 from fedrt.method import ModelDims
 from fedrt.methods.promptfl import PromptFL
 from fedrt.tensors import (
+    Constant,
     Normal,
     Phrase,
     Scope,
@@ -45,6 +46,12 @@ def test_a_tensor_without_elements_cannot_be_declared(shape):
         TensorSpec("context", shape, Scope.SHARED)
 
 
+def test_only_a_private_tensor_can_be_set_by_the_method_itself():
+    assert not TensorSpec("share", (1,), Scope.PRIVATE, trained=False).trained
+    with pytest.raises(ValueError, match="'share' is shared but not trained; only a private tensor can be set locally"):
+        TensorSpec("share", (1,), Scope.SHARED, trained=False)
+
+
 def test_scopes_are_told_apart_in_the_declared_order():
     later = TensorSpec("a", (1,), Scope.SHARED)
     assert of_scope((SHARED, PRIVATE, later), Scope.SHARED) == (SHARED, later)
@@ -58,7 +65,8 @@ def test_the_schema_digest_of_promptfl_never_changes():
 
 def test_the_schema_digest_ignores_order_and_initial_values():
     other_init = TensorSpec("context", (2, 3), Scope.SHARED, Phrase("a photo"))
-    assert schema_sha256((PRIVATE, other_init)) == schema_sha256(SPECS)
+    untrained = TensorSpec("adapter_0", (4,), Scope.PRIVATE, Constant(0.4), trained=False)
+    assert schema_sha256((untrained, other_init)) == schema_sha256(SPECS)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +104,13 @@ def test_initial_values_have_the_declared_spread_shape_and_type():
     assert not drawn["adapter_0"].any()
 
 
-@pytest.mark.parametrize("init", [Normal(), Zeros()])
+def test_a_constant_is_the_same_everywhere():
+    (drawn,) = initial_tensors((TensorSpec("share", (2, 3), Scope.PRIVATE, Constant(0.4), trained=False),), 1).values()
+    assert (drawn.shape, drawn.dtype) == ((2, 3), np.float32)
+    assert set(drawn.ravel().tolist()) == {float(np.float32(0.4))}
+
+
+@pytest.mark.parametrize("init", [Normal(), Zeros(), Constant(2.0)])
 def test_a_scalar_starts_as_an_array_too(init):
     scale = initial_tensors((TensorSpec("scale", (), Scope.SHARED, init),), 1)["scale"]
     assert isinstance(scale, np.ndarray)

@@ -1,83 +1,61 @@
-"""Aggregation, and two federated rounds of PromptFL with a fresh optimiser for each client and round."""
-
-from collections.abc import Sequence
+"""Aggregation, and two federated rounds of PromptFL: with a fresh optimiser per task, and with one carried on."""
 
 import numpy as np
 import pytest
 import torch
-from recorded import BATCH, SGD, Reference, close, settings, values, within
-from torch import Tensor
+from recorded import Reference, aggregate, close, federation, settings, values, within
 
-from fedrt.aggregation import ServerState, Update, federated_average
-from fedrt.method import ModelDims
 from fedrt.methods.promptfl import PromptFL
-from fedrt.spec import TrainingSpec
-from silo.method import ImageFeatures
-from silo.methods import promptfl
-from silo.training import Examples, Plan, RoundPosition, Start, train
 
-
-def average(start: Tensor, uploads: dict[int, Tensor], counts: Sequence[int]) -> Tensor:
-    """The server's step as fedrt does it: add the weighted mean of the deltas."""
-    state = ServerState({"context": start.numpy()})
-    updates = [
-        Update(f"silo-{client}", {"context": (upload - start).numpy()}, counts[client])
-        for client, upload in uploads.items()
-    ]
-    return torch.from_numpy(federated_average(state, updates).shared["context"])
+PLAIN = PromptFL(context_length=4)
 
 
 @pytest.mark.parametrize(
     ("uploads", "expected"), [("list_params", "avg_list"), ("dict_a", "avg_dict_a"), ("dict_b", "avg_dict_b")]
 )
-def test_weighted_mean_of_deltas(uploads: str, expected: str) -> None:
+@pytest.mark.parametrize("order", [1, -1])
+def test_weighted_mean_of_deltas(uploads: str, expected: str, order: int) -> None:
+    """fedrt adds the mean difference to where the silos started, wherever that is."""
     recorded = values("fedavg")
     counts, participants = recorded["counts"].tolist(), recorded["participants"].tolist()
     stacked = recorded[uploads]
-    start = torch.from_numpy(np.random.default_rng(0).standard_normal(stacked[0].shape).astype(np.float32))
-    within(average(start, {i: stacked[i] for i in participants}, counts), recorded[expected])
-    within(average(start, {i: stacked[i] for i in reversed(participants)}, counts), recorded[expected])
+    start = {"context": torch.from_numpy(np.random.default_rng(0).standard_normal(stacked[0].shape, np.float32))}
+    after = aggregate(PLAIN, start, {silo: {"context": stacked[silo]} for silo in participants[::order]}, counts)
+    within(after["context"], recorded[expected])
 
 
 def test_weighted_mean_over_all() -> None:
     recorded = values("fedavg")
     stacked = recorded["list_params"]
-    everyone = average(torch.zeros_like(stacked[0]), dict(enumerate(stacked)), recorded["counts"].tolist())
-    within(everyone, recorded["avg_list_all"])
+    uploads = {silo: {"context": upload} for silo, upload in enumerate(stacked)}
+    after = aggregate(PLAIN, {"context": torch.zeros_like(stacked[0])}, uploads, recorded["counts"].tolist())
+    within(after["context"], recorded["avg_list_all"])
 
 
-def seed_that_keeps_the_batches() -> int:
-    """A seed whose shuffle of eight examples puts the first four into the first batch, as the recording did."""
-    return next(
-        seed
-        for seed in range(10_000)
-        if set(torch.randperm(2 * BATCH, generator=torch.Generator().manual_seed(seed))[:BATCH].tolist())
-        == {0, 1, 2, 3}
-    )
+def test_several_tensors_are_averaged_side_by_side() -> None:
+    recorded = values("fedavg")
+    counts, participants = recorded["counts"].tolist(), recorded["participants"].tolist()
+    start = {name: torch.zeros_like(recorded[f"dict_{name}"][0]) for name in "ab"}
+    uploads = {silo: {name: recorded[f"dict_{name}"][silo] for name in "ab"} for silo in participants}
+    after = aggregate(PLAIN, start, uploads, counts)
+    for name in "ab":
+        within(after[name], recorded[f"avg_dict_{name}"])
 
 
-def train_client(reference: Reference, context: Tensor, batches: Sequence[int], round_number: int) -> Tensor:
-    declared = PromptFL(context_length=4)
-    method = promptfl.build(declared, reference.clip.text_tower(reference.class_names))
-    specs = declared.tensors(ModelDims(reference.clip.context_dim, reference.clip.feature_dim, 6))
-    parts = [reference.batch(number) for number in batches]
-    pooled = ImageFeatures(torch.cat([part.images.pooled for part in parts]), None)
-    examples = Examples(pooled, torch.cat([part.labels for part in parts]))
-    plan = Plan(
-        TrainingSpec(batch_size=BATCH, optimizer=SGD), RoundPosition(round_number, 2), seed_that_keeps_the_batches()
-    )
-    return train(method, specs, Start({"context": context}, {}), examples, plan, lambda *_: None).shared["context"]
-
-
-def test_two_rounds_of_promptfl(reference: Reference) -> None:
+@pytest.mark.parametrize("variant", ["fresh", "carry"])
+def test_two_rounds_of_promptfl(reference: Reference, variant: str) -> None:
     recorded, about = values("promptfl_rounds"), settings("promptfl_rounds")
-    context = recorded["ctx_init"]
-    for number in (1, 2):
-        uploads: dict[int, Tensor] = {}
-        for client in about["participants"][f"round{number}"]:
-            uploads[client] = train_client(reference, context, about["client_batches"][str(client)], number)
-            within(uploads[client], recorded[f"fresh_round{number}_client{client}"])
-        context = average(context, uploads, about["counts"])
-        within(context, recorded[f"fresh_round{number}_global"])
-    method = promptfl.build(PromptFL(context_length=4), reference.clip.text_tower(reference.class_names))
-    close(method.logits({"context": context}, reference.batch(0).images), recorded["fresh_final_logits"])
+    rounds = federation(reference, PLAIN, {"context": recorded["ctx_init"]}, about, carry=variant == "carry")
+    for one in rounds:
+        for silo, tensors in one.trained.items():
+            within(tensors["context"], recorded[f"{variant}_round{one.number}_client{silo}"])
+        within(one.shared["context"], recorded[f"{variant}_round{one.number}_global"])
+    assert [list(one.trained) for one in rounds] == [[0, 1, 2], [2, 0]]
+    logits = reference.local(PLAIN).classify(rounds[-1].shared)(reference.batch(0).images)
+    close(logits, recorded[f"{variant}_final_logits"])
+
+
+def test_the_two_variants_differ_by_more_than_the_tolerance() -> None:
+    recorded = values("promptfl_rounds")
+    difference = recorded["fresh_round2_global"] - recorded["carry_round2_global"]
+    assert float(difference.abs().max()) > 1e-3

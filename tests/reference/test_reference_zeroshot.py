@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fedrt.methods.zeroshot import ZeroShot
 from silo.clip.text import embed, prompt_features
-from silo.methods import zeroshot
 
 
 def template_features(reference: Reference, template: str) -> Tensor:
@@ -34,9 +33,8 @@ def test_image_features_of_both_towers(reference: Reference) -> None:
 
 def test_logits_of_the_handcrafted_prompt(reference: Reference) -> None:
     recorded = values("zeroshot")
-    tower = reference.clip.text_tower(reference.class_names)
-    close(tower.handcrafted(), recorded["text_features_norm"])
-    logits = zeroshot.build(ZeroShot(), tower).logits({}, reference.batch(0).images)
+    close(reference.text_tower().handcrafted(), recorded["text_features_norm"])
+    logits = reference.local(ZeroShot()).classify({})(reference.batch(0).images)
     close(logits, recorded["logits"])
     assert logits.argmax(1).tolist() == recorded["predictions"].tolist()
 
@@ -47,8 +45,9 @@ def test_raw_text_features_and_the_ensemble(reference: Reference) -> None:
     units = [F.normalize(template_features(reference, t), dim=-1) for t in settings("zeroshot")["ensemble_templates"]]
     ensemble = F.normalize(torch.stack(units).mean(0), dim=-1)
     close(ensemble, recorded["ensemble_text_features_norm"])
-    tower = reference.clip.text_tower(reference.class_names)
-    close(tower.logit_scale * reference.batch(0).images.pooled @ ensemble.T, recorded["ensemble_logits"])
+    close(
+        reference.text_tower().logit_scale * reference.batch(0).images.pooled @ ensemble.T, recorded["ensemble_logits"]
+    )
 
 
 def test_patches_of_both_towers(reference: Reference) -> None:

@@ -10,15 +10,19 @@ from torch import Tensor
 from fedrt.errors import FailureReason, WorkError
 from fedrt.spec import OptimizerName, OptimizerSpec, Precision, Schedule, TrainingSpec
 from fedrt.tensors import Scope, TensorSpec
-from silo.method import Batch, ImageFeatures, LocalMethod, Params
+from silo.method import Batch, Classifier, ImageFeatures, LocalMethod, Params, Prepare
 from silo.training import Examples, Plan, RoundPosition, Start, Trained, learning_rate, train
 
 SPECS = (TensorSpec("context", (2,), Scope.SHARED), TensorSpec("own", (2,), Scope.PRIVATE))
 Loss = Callable[[Params, Params, Batch], Tensor]
 
 
+def classify(params: Params) -> Classifier:
+    raise AssertionError("training asks for the loss only")
+
+
 def method(loss: Loss) -> LocalMethod:
-    return LocalMethod(lambda params, images: images.pooled, loss)
+    return LocalMethod(classify, loss)
 
 
 def quadratic(params: Params, received: Params, batch: Batch) -> Tensor:
@@ -29,7 +33,7 @@ def quadratic(params: Params, received: Params, batch: Batch) -> Tensor:
 def numbered(count: int) -> Examples:
     """Image i has the features (i, 1) and the label i."""
     index = torch.arange(count)
-    return Examples(ImageFeatures(torch.stack([index.float(), torch.ones(count)], 1), None), index)
+    return Examples(ImageFeatures(torch.stack([index.float(), torch.ones(count)], 1), None), index, index)
 
 
 def start(value: float = 1.0) -> Start:
@@ -79,6 +83,41 @@ def test_optimiser_state_is_fresh_in_every_call() -> None:
     once = run(quadratic, numbered(5), plan(optimizer=sgd), start(3.0))
     again = run(quadratic, numbered(5), plan(optimizer=sgd), Start(once.shared, once.private))
     assert float(again.shared["context"][0]) == pytest.approx(2.9 - 0.1 * 0.9, rel=1e-6)  # without a carried velocity
+
+
+@pytest.mark.parametrize("name", list(OptimizerName))
+def test_optimiser_state_that_is_carried_on_makes_two_calls_of_one(name: OptimizerName) -> None:
+    how = OptimizerSpec(name, learning_rate=0.1, momentum=0.9, weight_decay=0.01)
+    both = run(quadratic, numbered(5), plan(optimizer=how, local_epochs=2), start(3.0))
+    once = run(quadratic, numbered(5), plan(optimizer=how), start(3.0))
+    carried = Start(once.shared, once.private, once.optimizer)
+    again = run(quadratic, numbered(5), plan(optimizer=how), carried)
+    assert torch.equal(again.shared["context"], both.shared["context"])
+    assert torch.equal(again.private["own"], both.private["own"])
+    fresh = run(quadratic, numbered(5), plan(optimizer=how), Start(once.shared, once.private))
+    assert not torch.equal(fresh.shared["context"], both.shared["context"])
+
+
+def test_a_carried_state_brings_its_momentum_but_no_learning_rate() -> None:
+    def slope(params: Params, received: Params, batch: Batch) -> Tensor:
+        return params["context"].sum() + params["own"].sum()
+
+    sgd = OptimizerSpec(OptimizerName.SGD, learning_rate=0.1, momentum=0.5, weight_decay=0.0)
+    once = run(slope, numbered(3), plan(optimizer=sgd))
+    slower = OptimizerSpec(OptimizerName.SGD, learning_rate=0.01, momentum=0.5, weight_decay=0.0)
+    again = run(slope, numbered(3), plan(optimizer=slower), Start(once.shared, once.private, once.optimizer))
+    moved = once.shared["context"] - again.shared["context"]
+    assert moved.tolist() == pytest.approx([0.01 * (0.5 * 1 + 1)] * 2, rel=1e-5)
+
+
+def test_a_carried_state_is_not_changed() -> None:
+    sgd = OptimizerSpec(OptimizerName.SGD, learning_rate=0.1, momentum=0.5, weight_decay=0.0)
+    once = run(quadratic, numbered(3), plan(optimizer=sgd), start(3.0))
+    before = [entry["momentum_buffer"].clone() for entry in once.optimizer["state"].values()]
+    assert len(before) == 2
+    run(quadratic, numbered(3), plan(optimizer=sgd), Start(once.shared, once.private, once.optimizer))
+    after = [entry["momentum_buffer"] for entry in once.optimizer["state"].values()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def test_received_tensors_are_the_anchor_and_are_not_changed() -> None:
@@ -133,7 +172,8 @@ def test_shuffling_depends_on_the_seed_only() -> None:
 def test_patches_travel_with_their_images() -> None:
     count = 5
     patches = torch.arange(count).float()[:, None, None].expand(count, 3, 2)
-    examples = Examples(ImageFeatures(numbered(count).images.pooled, patches), torch.arange(count))
+    index = torch.arange(count)
+    examples = Examples(ImageFeatures(numbered(count).table.pooled, patches), index, index)
 
     def loss(params: Params, received: Params, batch: Batch) -> Tensor:
         assert batch.images.patches is not None
@@ -143,10 +183,34 @@ def test_patches_travel_with_their_images() -> None:
     run(loss, examples, plan(batch_size=2))
 
 
+def test_examples_are_rows_of_a_table_that_others_use_too() -> None:
+    """Of a table of ten images, the fourth, the ninth and again the fourth."""
+    table = numbered(10).table._replace(patches=torch.arange(10).float()[:, None, None])
+    examples = Examples(table, torch.tensor([3, 8, 3]), torch.tensor([1, 0, 2]))
+    assert len(examples) == 3
+    for chosen in (slice(1, 3), torch.tensor([1, 2])):
+        batch = examples.batch(chosen)
+        assert batch.images.pooled.tolist() == [[8.0, 1.0], [3.0, 1.0]]
+        assert batch.images.patches is not None
+        assert batch.images.patches.flatten().tolist() == [8.0, 3.0]
+        assert batch.labels.tolist() == [0, 2]
+
+
+def test_only_the_examples_rows_are_trained_on() -> None:
+    seen: list[float] = []
+
+    def loss(params: Params, received: Params, batch: Batch) -> Tensor:
+        seen.extend(batch.images.pooled[:, 0].tolist())
+        return params["context"].sum() + params["own"].sum()
+
+    run(loss, Examples(numbered(10).table, torch.tensor([7, 2, 5]), torch.tensor([0, 1, 0])), plan(batch_size=2))
+    assert sorted(seen) == [2.0, 5.0, 7.0]
+
+
 def test_same_arguments_give_the_same_bits() -> None:
     generator = torch.Generator().manual_seed(0)
     images = ImageFeatures(torch.randn(50, 2, generator=generator), None)
-    examples = Examples(images, torch.arange(50))
+    examples = Examples(images, torch.arange(50), torch.arange(50))
 
     def loss(params: Params, received: Params, batch: Batch) -> Tensor:
         return (batch.images.pooled @ params["context"]).exp().mean() + (params["own"] * params["context"]).sum()
@@ -226,7 +290,7 @@ def test_no_examples() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_features_or_loss_not_finite(value: float) -> None:
-    examples = Examples(ImageFeatures(torch.full((3, 2), value), None), torch.arange(3))
+    examples = Examples(ImageFeatures(torch.full((3, 2), value), None), torch.arange(3), torch.arange(3))
     error = failure(quadratic, examples, plan())
     assert error.reason is FailureReason.NOT_FINITE
     assert "local epoch 1" in str(error)
@@ -259,3 +323,72 @@ def test_tensors_must_be_the_declared_ones(begin: Start, message: str) -> None:
 def test_method_without_tensors_cannot_be_trained() -> None:
     with pytest.raises(ValueError, match="declares no tensors"):
         train(method(quadratic), (), Start({}, {}), numbered(3), plan(), silent)
+
+
+# Tensors that a method sets itself
+
+SHARE = TensorSpec("share", (2,), Scope.PRIVATE, trained=False)
+
+
+def settled(prepare: Prepare | None, loss: Loss = quadratic, begin: Start | None = None) -> Trained:
+    begin = begin or Start(start().received, {**start().private, "share": torch.tensor([5.0, 6.0])})
+    return train(LocalMethod(classify, loss, prepare), (*SPECS, SHARE), begin, numbered(7), plan(batch_size=3), silent)
+
+
+def test_a_method_sets_what_is_not_trained_before_the_first_step() -> None:
+    calls: list[list[int]] = []
+    used: list[list[float]] = []
+
+    def prepare(params: Params, batch: Batch) -> Params:
+        assert not torch.is_grad_enabled()
+        assert params["share"].tolist() == [5.0, 6.0]  # as the round before left it
+        assert params["context"].tolist() == [1.0, 1.0]
+        calls.append(batch.labels.tolist())
+        return {"share": params["share"] + batch.labels.sum()}
+
+    def loss(params: Params, received: Params, batch: Batch) -> Tensor:
+        used.append(params["share"].tolist())
+        assert not params["share"].requires_grad
+        return quadratic(params, received, batch) + (params["context"] * params["share"]).sum()
+
+    trained = settled(prepare, loss)
+    assert calls == [list(range(7))]  # once, with all training examples, in their order
+    assert used == [[26.0, 27.0]] * 3
+    assert trained.private["share"].tolist() == [26.0, 27.0]
+    assert set(trained.private) == {"own", "share"}
+    assert trained.private["own"].tolist() != [1.0, 1.0]
+
+
+def test_without_a_preparation_it_stays_as_it_was() -> None:
+    assert settled(None).private["share"].tolist() == [5.0, 6.0]
+
+
+def test_weight_decay_does_not_reach_what_is_not_trained() -> None:
+    decay = plan(optimizer=OptimizerSpec(learning_rate=0.1, momentum=0.9, weight_decay=0.5))
+    begin = Start(start().received, {**start().private, "share": torch.tensor([5.0, 6.0])})
+    trained = train(method(quadratic), (*SPECS, SHARE), begin, numbered(7), decay, silent)
+    assert trained.private["share"].tolist() == [5.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"the method prepared \[\], not exactly the tensors that are not trained"),
+        ({"share": torch.zeros(2), "own": torch.zeros(2)}, r"the method prepared \['own', 'share'\], not exactly"),
+        ({"context": torch.zeros(2)}, r"the method prepared \['context'\], not exactly"),
+    ],
+)
+def test_a_method_may_set_nothing_else(given: Params, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settled(lambda params, batch: given)
+
+
+def test_what_a_method_sets_must_be_finite() -> None:
+    with pytest.raises(WorkError, match="'share' is not finite after training") as caught:
+        settled(lambda params, batch: {"share": torch.full((2,), math.nan)})
+    assert caught.value.reason is FailureReason.NOT_FINITE
+
+
+def test_a_method_that_only_sets_tensors_cannot_be_trained() -> None:
+    with pytest.raises(ValueError, match="declares no tensors to train"):
+        train(method(quadratic), (SHARE,), Start({}, {"share": torch.zeros(2)}), numbered(3), plan(), silent)

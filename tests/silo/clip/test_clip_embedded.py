@@ -68,6 +68,8 @@ def test_words_that_it_does_not_know(package: EmbeddedPaths) -> None:
         clip.text_tower(["red circle", "melanoma", "red nevus"])
     with pytest.raises(WorkError, match="'lesion'"):
         clip.embed_phrase("a lesion", 2)
+    with pytest.raises(WorkError, match="does not hold 'X'"):
+        clip.text_tower(["red circle"]).placeholder(2)
 
 
 def test_weights_of_ones_own_for_the_embedded_architecture(package: EmbeddedPaths, tmp_path: Path) -> None:
@@ -95,5 +97,6 @@ def test_the_real_one_recognises_its_world() -> None:
     pictures = [Image.fromarray((image * 255).round().astype(np.uint8)) for image in drawn]
     images = clip.encode_images(torch.stack([clip.preprocess(picture) for picture in pictures]), patches=False)
     method = zeroshot.build(ZeroShot(), clip.text_tower([pair.class_name for pair in pairs]))
-    accuracy = evaluate(method, {}, Examples(images, torch.from_numpy(labels)))["accuracy"]
+    examples = Examples(images, torch.arange(len(labels)), torch.from_numpy(labels))
+    accuracy = evaluate(method, {}, examples)["accuracy"]
     assert accuracy > 4 / len(pairs)

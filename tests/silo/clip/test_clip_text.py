@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedrt.context import ClassPosition
 from fedrt.errors import FailureReason, WorkError
-from silo.clip import ClassPosition, ClipTextTower, FrozenClip
+from silo.clip import ClipTextTower, FrozenClip
 from silo.clip.tokens import Vocabulary
 
 NAMES = ("dog", "ice_cream", "St. Bernard", "a very long-haired 12-year-old golden retriever", "t-shirt")
@@ -43,7 +44,38 @@ def context_for(clip: FrozenClip, *shape: int) -> Tensor:
 def test_handcrafted_prompt(mini: FrozenClip) -> None:
     expected = textbook(mini, [f"a photo of a {name.replace('_', ' ')}." for name in NAMES])
     close(mini.text_tower(NAMES).handcrafted(), expected)
-    close(mini.text_tower(NAMES, ClassPosition.FRONT).handcrafted(), expected)
+
+
+PATTERNS = {
+    ClassPosition.END: ("X X X X {}.", "X X X {}."),
+    ClassPosition.MIDDLE: ("X X {} X X.", "X {} X X."),
+    ClassPosition.FRONT: ("{} X X X X.", "{} X X X."),
+}
+
+
+@pytest.mark.parametrize("position", list(ClassPosition))
+def test_placeholder_prompt(mini: FrozenClip, position: ClassPosition) -> None:
+    tower = mini.text_tower(NAMES)
+    for length, pattern in zip((4, 3), PATTERNS[position], strict=True):
+        expected = textbook(mini, [pattern.format(name.replace("_", " ")) for name in NAMES])
+        close(tower.placeholder(length, position), expected)
+
+
+def test_placeholder_features_are_computed_once_for_each_length_and_position(mini: FrozenClip) -> None:
+    tower = mini.text_tower(NAMES)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = tower.placeholder(4)
+    assert tower.placeholder(4, ClassPosition.END) is first
+    assert not first.requires_grad
+    assert torch.equal(first, mini.text_tower(NAMES).placeholder(4))
+    assert not torch.allclose(first, tower.placeholder(5))
+    assert not torch.allclose(first, tower.placeholder(4, ClassPosition.FRONT))
+    assert not torch.allclose(first, tower.handcrafted())  # of four words too
+
+
+def test_placeholder_that_does_not_fit(mini: FrozenClip) -> None:
+    with pytest.raises(WorkError, match=r"'dog' needs 81 tokens .*context length is 77; shorten"):
+        mini.text_tower(["dog"]).placeholder(77)
 
 
 def test_handcrafted_features_are_computed_once_whatever_the_first_caller_trains_under(mini: FrozenClip) -> None:
@@ -65,12 +97,12 @@ def test_context_equal_to_words_gives_the_features_of_the_words(mini: FrozenClip
     [(ClassPosition.FRONT, "{} a photo of a."), (ClassPosition.MIDDLE, "a photo {} of a.")],
 )
 def test_class_position(mini: FrozenClip, position: ClassPosition, pattern: str) -> None:
-    actual = mini.text_tower(NAMES, position).encode(mini.embed_phrase(WORDS, 4))
+    actual = mini.text_tower(NAMES).encode(mini.embed_phrase(WORDS, 4), position)
     close(actual, textbook(mini, [pattern.format(name.replace("_", " ")) for name in NAMES]))
 
 
 def test_middle_puts_the_smaller_half_first(mini: FrozenClip) -> None:
-    actual = mini.text_tower(NAMES, ClassPosition.MIDDLE).encode(mini.embed_phrase("one two three", 3))
+    actual = mini.text_tower(NAMES).encode(mini.embed_phrase("one two three", 3), ClassPosition.MIDDLE)
     close(actual, textbook(mini, [f"one {name.replace('_', ' ')} two three." for name in NAMES]))
 
 
@@ -99,11 +131,18 @@ def test_leading_dimensions(mini: FrozenClip) -> None:
 
 @pytest.mark.parametrize("position", list(ClassPosition))
 def test_class_specific_contexts(mini: FrozenClip, position: ClassPosition) -> None:
-    tower = mini.text_tower(NAMES, position)
+    tower = mini.text_tower(NAMES)
     contexts = context_for(mini, 2, len(NAMES), 4)
-    features = tower.encode_class_specific(contexts)
+    features = tower.encode(contexts, position, class_specific=True)
     for at in range(len(NAMES)):
-        close(features[1, at], tower.encode(contexts[1, at])[at])
+        close(features[1, at], tower.encode(contexts[1, at], position)[at])
+
+
+def test_one_tower_serves_all_positions(mini: FrozenClip) -> None:
+    tower, context = mini.text_tower(NAMES), context_for(mini, 4)
+    apart = [mini.text_tower(NAMES).encode(context, position) for position in ClassPosition]
+    close(torch.stack([tower.encode(context, position) for position in ClassPosition]), torch.stack(apart))
+    assert not torch.allclose(apart[0], apart[1])
 
 
 def test_features_do_not_depend_on_the_other_classes(mini: FrozenClip) -> None:
@@ -150,7 +189,7 @@ def test_wrong_shapes_are_programming_errors(mini: FrozenClip) -> None:
     with pytest.raises(ValueError, match="wide"):
         tower.encode(torch.zeros(4, mini.context_dim + 1))
     with pytest.raises(ValueError, match="classes"):
-        tower.encode_class_specific(torch.zeros(2, 4, mini.context_dim))
+        tower.encode(torch.zeros(2, 4, mini.context_dim), class_specific=True)
     with pytest.raises(ValueError, match="at least one"):
         mini.text_tower([])
 

@@ -32,7 +32,7 @@ def examples(clip: FrozenClip) -> Examples:
     labels = torch.arange(30) % 3
     centres = torch.randn(3, clip.feature_dim, generator=generator)
     pooled = centres[labels] + 0.3 * torch.randn(30, clip.feature_dim, generator=generator)
-    return Examples(ImageFeatures(F.normalize(pooled, dim=-1), None), labels)
+    return Examples(ImageFeatures(F.normalize(pooled, dim=-1), None), torch.arange(30), labels)
 
 
 def run(clip: FrozenClip, seed: int, precision: Precision = Precision.FP32) -> tuple[dict[str, float], Trained]:

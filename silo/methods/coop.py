@@ -1,0 +1,25 @@
+"""Local CoOp, local half: cross-entropy of CLIP's logits with one private context.
+
+Kaiyang Zhou, Jingkang Yang, Chen Change Loy, Ziwei Liu: "Learning to Prompt for Vision-Language Models", IJCV 2022,
+arXiv:2109.01134.
+"""
+
+from torch import Tensor
+
+from fedrt.methods.coop import CoOp
+from silo.contexts import class_features
+from silo.method import Classifier, ImageFeatures, LocalMethod, Params, TextTower, cross_entropy
+
+
+def build(method: CoOp, text: TextTower) -> LocalMethod:
+    """Logits are s · unit(img) · unit(text([start, context, class, '.', end]))ᵀ; the loss is their cross-entropy."""
+
+    def classify(params: Params) -> Classifier:
+        features = class_features(text, method, params["context"])[0].mean(0)  # [C, D]
+
+        def logits(images: ImageFeatures) -> Tensor:
+            return text.logit_scale * images.pooled @ features.T  # [B, C]
+
+        return logits
+
+    return LocalMethod(classify, cross_entropy(classify))

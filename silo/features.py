@@ -1,14 +1,15 @@
-"""A silo's examples as frozen CLIP features: decoded and encoded once for the life of the worker process.
+"""Frozen CLIP features of images, decoded and encoded once for the life of the worker process.
 
-Features are kept by (split, patches), not by experiment: they do not depend on the classes. Pooled features of a run
-with patches do not serve one without, because they may differ in the last bit, and a result must not depend on what a
-process did before.
+An image is encoded once, whichever splits and virtual silos it serves, in batches of a fixed size, the last one filled
+up: so its features depend neither on the images beside it nor on what the process did before. Pooled features of a run
+with patches do not serve one without, because they may differ in the last bit.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,135 +24,172 @@ from silo.training import Examples
 
 OnImages = Callable[[int, int], None]  # (images done, images in all)
 
-BATCH = 64  # images at a time through the image tower
+BATCH = 32  # images at a time through the image tower, always
 DECODERS = 4  # threads
 NAMED_IN_LOG = 20
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The readable images of a split in the order of the index: labels of length N, features of N images."""
-
-    labels: tuple[str, ...]
-    images: ImageFeatures
-
-
 class FeatureCache:
-    """Encodes a split when first asked for it, and remembers; owns what is known of unreadable files."""
+    """Encodes images when first asked for them, and remembers; owns what is known of unreadable files.
 
-    def __init__(self, clip: FrozenClip, index: DataIndex, max_unreadable_share: float) -> None:
+    `indices`: what each virtual silo of this process holds, or the daemon itself under "".
+    """
+
+    def __init__(self, clip: FrozenClip, indices: Mapping[str, DataIndex], max_unreadable_share: float) -> None:
         self._clip = clip
-        self._index = index
+        self._indices = indices
         self._max_unreadable_share = max_unreadable_share
-        self._encoded: dict[tuple[Split, bool], Encoded] = {}
-        self._unreadable: dict[Split, frozenset[Record]] = {}
+        self._tables: dict[bool, _Table] = {}
+        self._unreadable: dict[Path, str] = {}
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Every label of the index, sorted."""
-        return self._index.labels
+    def labels(self, silo: str, splits: Collection[Split]) -> tuple[str, ...]:
+        """The distinct labels of some splits, sorted."""
+        return tuple(sorted({record.label for record in self._indices[silo].records if record.split in splits}))
+
+    def holds(self, silo: str, split: Split) -> bool:
+        """Whether the silo has images of a split, readable or not."""
+        return bool(self._indices[silo].of_split(split))
 
     @property
     def unreadable_count(self) -> int:
         """Files found unreadable so far."""
-        return sum(map(len, self._unreadable.values()))
+        return len(self._unreadable)
 
     @property
-    def class_counts(self) -> dict[str, dict[str, int]]:
-        """Split -> label -> files not found unreadable so far."""
-        return count_classes(
-            record for record in self._index.records if record not in self._unreadable.get(record.split, ())
-        )
+    def class_counts(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Silo -> split -> label -> files not found unreadable so far."""
+        return {
+            silo: count_classes(record for record in index.records if record.path not in self._unreadable)
+            for silo, index in self._indices.items()
+        }
 
     def survey(self) -> None:
         """Open every file, without decoding pixels: finds missing files and wrong types before any work starts.
 
-        Raises `WorkError` if more are unreadable than the silo allows.
+        Raises `WorkError` if more of a split are unreadable than a silo allows.
         """
+        records = {record.path: record for index in self._indices.values() for record in index.records}
         with ThreadPoolExecutor(DECODERS) as pool:
-            reasons = list(pool.map(_header_problem, self._index.records))
-        problems = {
-            record: reason for record, reason in zip(self._index.records, reasons, strict=True) if reason is not None
-        }
-        for split in Split:
-            self._note(split, {record: reason for record, reason in problems.items() if record.split is split})
+            reasons = list(pool.map(_header_problem, records.values()))
+        self._note({record: why for record, why in zip(records.values(), reasons, strict=True) if why is not None})
+        for silo in self._indices:
+            for split in Split:
+                self._check(silo, split)
 
-    def encode(self, split: Split, patches: bool, on_images: OnImages) -> Encoded:
-        """Raises `WorkError` if the split is empty or more is unreadable than the silo allows."""
-        key = (split, patches)
-        if key not in self._encoded:
-            self._encoded[key] = self._encode(split, patches, on_images)
-        return self._encoded[key]
+    def examples(
+        self, silo: str, split: Split, patches: bool, indices: Mapping[str, int], on_images: OnImages
+    ) -> Examples:
+        """The readable examples of a split, in the order of the index; `indices` gives the class of each label.
 
-    def _encode(self, split: Split, patches: bool, on_images: OnImages) -> Encoded:
-        records = self._index.of_split(split)
+        Raises `WorkError` if there are none, or if more is unreadable than the silo allows.
+        """
+        records = self._indices[silo].of_split(split)
         if not records:
             raise WorkError(FailureReason.DATA_UNAVAILABLE, f"this silo has no {split.value} examples")
-        labels: list[str] = []
-        parts: list[ImageFeatures] = []
-        problems: dict[Record, str] = {}
-        done = 0
-        for batch, prepared in _prepared(records, self._clip.preprocess):
-            readable: list[Tensor] = []
-            for record, pixels in zip(batch, prepared, strict=True):
-                if isinstance(pixels, Tensor):
-                    labels.append(record.label)
-                    readable.append(pixels)
-                else:
-                    problems[record] = pixels
-            if readable:
-                parts.append(self._clip.encode_images(torch.stack(readable), patches))
-            done += len(batch)
-            on_images(done, len(records))
-        self._note(split, problems)
-        if not parts:
+        table = self._tables.get(patches)
+        if table is None or any(r.path not in table.rows and r.path not in self._unreadable for r in records):
+            table = self._encode(split, patches, on_images)
+        self._check(silo, split)
+        readable = [record for record in records if record.path in table.rows]
+        if not readable:
             raise WorkError(FailureReason.DATA_UNAVAILABLE, f"this silo has no readable {split.value} examples")
-        return Encoded(tuple(labels), _concatenated(parts))
+        rows = torch.tensor([table.rows[record.path] for record in readable])
+        labels = torch.tensor([indices[record.label] for record in readable])
+        device = table.features.pooled.device
+        return Examples(table.features, rows.to(device), labels.to(device))
 
-    def _note(self, split: Split, problems: Mapping[Record, str]) -> None:
-        self._unreadable[split] = frozenset(problems)
-        if not problems:
-            return
+    def _encode(self, split: Split, patches: bool, on_images: OnImages) -> "_Table":
+        """Add what is missing of a split, of all silos at once, to the table of features with or without patches."""
+        table = self._tables.get(patches, _Table({}, None))
+        wanted = {record.path: record for index in self._indices.values() for record in index.of_split(split)}
+        missing = [record for path, record in wanted.items() if path not in table.rows]
+        missing = [record for record in missing if record.path not in self._unreadable]
+        rows, parts = dict(table.rows), [] if table.content is None else [table.content]
+        problems: dict[Record, str] = {}
+        encoder = _Encoder(self._clip, patches)
+        for record, prepared in _prepared(missing, self._clip.preprocess):
+            if isinstance(prepared, Tensor):
+                rows[record.path] = len(rows)
+                parts += encoder.add(prepared)
+            else:
+                problems[record] = prepared
+            encoder.done += 1
+            if encoder.done % BATCH == 0 or encoder.done == len(missing):
+                on_images(encoder.done, len(missing))
+        parts += encoder.rest()
+        self._note(problems)
+        self._tables[patches] = _Table(rows, _concatenated(parts) if parts else None)
+        return self._tables[patches]
+
+    def _note(self, problems: Mapping[Record, str]) -> None:
+        self._unreadable |= {record.path: reason for record, reason in problems.items()}
         for record, reason in list(problems.items())[:NAMED_IN_LOG]:
             log.warning("unreadable image %r: %s", record.name, reason)
         if len(problems) > NAMED_IN_LOG:
             log.warning("%d more unreadable images are not listed", len(problems) - NAMED_IN_LOG)
-        total = len(self._index.of_split(split))
-        if len(problems) > self._max_unreadable_share * total:
+
+    def _check(self, silo: str, split: Split) -> None:
+        records = self._indices[silo].of_split(split)
+        unreadable = sum(record.path in self._unreadable for record in records)
+        if unreadable > self._max_unreadable_share * len(records):
             raise WorkError(
                 FailureReason.DATA_UNAVAILABLE,
-                f"{len(problems)} of {total} {split.value} images are unreadable; "
+                f"{unreadable} of {len(records)} {split.value} images are unreadable; "
                 f"this silo skips up to {self._max_unreadable_share:.2%} (data.max_unreadable_share)",
             )
 
 
-class ExperimentData:
-    """A silo's examples with labels as one experiment counts them."""
+@dataclass(frozen=True)
+class _Table:
+    """Features of images by row; no content before the first image."""
 
-    def __init__(self, cache: FeatureCache, indices: Mapping[str, int], on_images: OnImages) -> None:
-        self._cache = cache
-        self._indices = indices
-        self._on_images = on_images
+    rows: Mapping[Path, int]
+    content: ImageFeatures | None
 
-    def features(self, split: Split, patches: bool) -> Examples:
-        """The readable examples of a split on CLIP's device; labels [N] index the experiment's classes.
+    @property
+    def features(self) -> ImageFeatures:
+        if self.content is None:
+            raise WorkError(FailureReason.DATA_UNAVAILABLE, "none of this silo's images is readable")
+        return self.content
 
-        Raises `WorkError` if there are none, or if more is unreadable than the silo allows.
-        """
-        encoded = self._cache.encode(split, patches, self._on_images)
-        labels = torch.tensor([self._indices[label] for label in encoded.labels])
-        return Examples(encoded.images, labels.to(encoded.images.pooled.device))
+
+class _Encoder:
+    """Collects prepared images into batches of `BATCH` for the image tower."""
+
+    def __init__(self, clip: FrozenClip, patches: bool) -> None:
+        self._clip = clip
+        self._patches = patches
+        self._waiting: list[Tensor] = []
+        self.done = 0
+
+    def add(self, pixels: Tensor) -> list[ImageFeatures]:
+        """The features of a batch, when this image completes one."""
+        self._waiting.append(pixels)
+        return self.rest() if len(self._waiting) == BATCH else []
+
+    def rest(self) -> list[ImageFeatures]:
+        """The features of what waits; the batch is filled up with its first image. Raises `WorkError`."""
+        count = len(self._waiting)
+        if not count:
+            return []
+        batch = torch.stack([*self._waiting, *[self._waiting[0]] * (BATCH - count)])
+        self._waiting = []
+        pooled, patches = self._clip.encode_images(batch, self._patches)
+        features = ImageFeatures(pooled[:count], None if patches is None else patches[:count])
+        if not all(bool(torch.isfinite(part).all()) for part in features if part is not None):
+            raise WorkError(
+                FailureReason.NOT_FINITE, "CLIP's features of some images are not finite; check the model's weights"
+            )
+        return [features]
 
 
 Prepared = Tensor | str  # pixels [3, H, W], or why there are none
 
 
-def _prepared(
-    records: Sequence[Record], preprocess: Callable[..., Tensor]
-) -> Iterator[tuple[Sequence[Record], list[Prepared]]]:
-    """Batches with their pixels; while one is being encoded, threads decode the next."""
+def _prepared(records: Sequence[Record], preprocess: Callable[..., Tensor]) -> Iterator[tuple[Record, Prepared]]:
+    """The images with their pixels, in order; while a batch is being encoded, threads decode the next two."""
 
     def prepare(record: Record) -> Prepared:
         try:
@@ -160,15 +198,14 @@ def _prepared(
             return str(problem)
 
     with ThreadPoolExecutor(DECODERS) as pool:
-        waiting: tuple[Sequence[Record], list[Future[Prepared]]] | None = None
-        for at in range(0, len(records), BATCH):
-            batch = records[at : at + BATCH]
-            following = (batch, [pool.submit(prepare, record) for record in batch])
-            if waiting is not None:
-                yield waiting[0], [future.result() for future in waiting[1]]
-            waiting = following
-        if waiting is not None:
-            yield waiting[0], [future.result() for future in waiting[1]]
+        waiting: list[tuple[Record, Future[Prepared]]] = []
+        for record in records:
+            waiting.append((record, pool.submit(prepare, record)))
+            if len(waiting) > 2 * BATCH:
+                first, future = waiting.pop(0)
+                yield first, future.result()
+        for record, future in waiting:
+            yield record, future.result()
 
 
 def _concatenated(parts: Sequence[ImageFeatures]) -> ImageFeatures:

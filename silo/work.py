@@ -1,19 +1,24 @@
 """The contract between the daemon and its worker: an order goes in, an outcome or a `WorkError` comes out."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fedrt.spec import LocalSpec
 from fedrt.task import TaskKind
 from fedrt.tensors import Tensors
 
+OWN = ""  # the name under which a daemon that is one silo holds its images
+
 OnProgress = Callable[[int, int], None]  # (steps done, steps planned or 0)
 
 
 @dataclass(frozen=True)
 class WorkOrder:
-    """What the worker is to do. `private` is empty before the first accepted round of an experiment."""
+    """What the worker is to do. `private` is empty before the first accepted round of an experiment.
+
+    `silo` says whose images, where several virtual silos share the worker.
+    """
 
     task_id: str
     experiment_id: str
@@ -23,6 +28,7 @@ class WorkOrder:
     seed: int
     shared: Tensors
     private: Tensors = field(default_factory=dict)
+    silo: str = OWN
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,16 @@ class WorkerReport:
     class_counts: Mapping[str, Mapping[str, int]]  # split -> class name -> readable examples
     unreadable_count: int
     methods: tuple[str, ...]  # whose local half is installed
+    hosted: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)  # the same of each virtual silo
 
     @property
     def example_count(self) -> int:
         """Training examples."""
         return sum(self.class_counts.get("train", {}).values())
+
+    def of(self, silo: str) -> "WorkerReport":
+        """What one virtual silo holds."""
+        return replace(self, class_counts=self.hosted[silo], hosted={})
 
 
 class Worker(Protocol):

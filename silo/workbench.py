@@ -1,7 +1,6 @@
-"""Carries out orders with a loaded CLIP, the silo's data and the installed methods; lives in the worker process."""
+"""Carries out orders with a loaded CLIP, the silos' data and the installed methods; lives in the worker process."""
 
 import dataclasses
-import hashlib
 import logging
 import math
 import os
@@ -12,10 +11,11 @@ import numpy as np
 import torch
 
 from fedrt.errors import ConfigurationError, FailureReason, TensorError, WorkError
-from fedrt.spec import LocalSpec
+from fedrt.spec import EvaluationSplit, LocalSpec
 from fedrt.task import TaskKind
 from fedrt.tensors import (
     Array,
+    Normal,
     Phrase,
     Scope,
     Tensors,
@@ -30,15 +30,16 @@ from silo.clip.text import ClipTextTower
 from silo.data import Split, index
 from silo.data.labels import match_classes
 from silo.evaluation import evaluate
-from silo.features import ExperimentData, FeatureCache
+from silo.features import FeatureCache
 from silo.method import LocalMethod, Params
 from silo.methods import find_local_method, local_method_names
 from silo.sources import ModelSource
-from silo.training import Plan, RoundPosition, Start, train
-from silo.work import OnProgress, WorkerReport, WorkOrder, WorkOutcome
+from silo.training import Examples, Plan, RoundPosition, Start, train
+from silo.work import OWN, OnProgress, WorkerReport, WorkOrder, WorkOutcome
 from silo.worker_frames import Load
 
 UNKNOWN_IN_LOG = 50
+TOWERS = 4  # class lists whose text towers are kept: an experiment and its novel classes, and another one
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +48,12 @@ def open_workbench(load: Load) -> "Workbench":
     """Index the data and load CLIP. Raises `ConfigurationError`."""
     if load.threads is not None:
         torch.set_num_threads(load.threads)
-    found = index(load.data)
-    if found.ignored_count:
-        log.info("%d files below data.root are no images and were passed over", found.ignored_count)
+    found = {silo: index(source) for silo, source in load.data.items()}
+    for one in found.values():
+        if one.ignored_count:
+            log.info("%d files below data.root are no images and were passed over", one.ignored_count)
     clip = load_clip(_on_device(load.model))
-    cache = FeatureCache(clip, found, load.data.max_unreadable_share)
+    cache = FeatureCache(clip, found, max(source.max_unreadable_share for source in load.data.values()))
     try:
         cache.survey()
     except WorkError as error:
@@ -66,16 +68,25 @@ def _on_device(source: ModelSource) -> ModelSource:
     return dataclasses.replace(source, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
+SPLITS = {
+    EvaluationSplit.PERSONAL: Split.TEST,
+    EvaluationSplit.BASE: Split.BASE,
+    EvaluationSplit.NOVEL: Split.NOVEL,
+    EvaluationSplit.DOMAIN: Split.DOMAIN,
+}
+
+
 class Workbench:
-    """One CLIP and one index of images; serves orders of any experiment, one at a time."""
+    """One CLIP and one cache of features; serves orders of any experiment and virtual silo, one at a time."""
 
     def __init__(self, clip: FrozenClip, cache: FeatureCache) -> None:
         self._clip = clip
         self._cache = cache
-        self._tower: tuple[tuple[str, ...], ClipTextTower] | None = None  # of the latest experiment
+        self._towers: dict[tuple[str, ...], ClipTextTower] = {}  # of the latest class lists
 
     def report(self) -> WorkerReport:
         """What is held now; the counts shrink when decoding finds a file unreadable."""
+        counts = self._cache.class_counts
         return WorkerReport(
             architecture=self._clip.architecture,
             weights_sha256=self._clip.weights_sha256,
@@ -83,9 +94,10 @@ class Workbench:
             feature_dim=self._clip.feature_dim,
             device=self._clip.device_name,
             memory_bytes=_memory_bytes(self._clip.device),
-            class_counts=self._cache.class_counts,
+            class_counts=counts.get(OWN, {}),
             unreadable_count=self._cache.unreadable_count,
             methods=tuple(local_method_names()),
+            hosted={silo: held for silo, held in counts.items() if silo != OWN},
         )
 
     def perform(self, order: WorkOrder, on_progress: OnProgress) -> WorkOutcome:
@@ -98,7 +110,7 @@ class Workbench:
         self._check_model(order.local)
         match order.kind:
             case TaskKind.INITIALIZE:
-                shared = self._initial(of_scope(specs, Scope.SHARED), order.seed)
+                shared = self._initial(of_scope(specs, Scope.SHARED), order.local.seed)
                 outcome = WorkOutcome(shared, {}, 0, {}, 0.0)
             case TaskKind.TRAIN:
                 outcome = self._train(order, specs, on_progress)
@@ -109,11 +121,11 @@ class Workbench:
 
     def _train(self, order: WorkOrder, specs: tuple[TensorSpec, ...], on_progress: OnProgress) -> WorkOutcome:
         start = Start(*self._params(order, specs))
-        method, data = self._method(order.local), self._data(order.local, on_progress)
-        examples = data.features(Split.TRAIN, order.local.method().needs_patches)
-        position = RoundPosition(order.round_number, order.local.round_count)
-        plan = Plan(order.local.training, position, order.seed)
-        trained = train(method, specs, start, examples, plan, on_progress)
+        local = order.local
+        examples = self._examples(order, Split.TRAIN, local.classes, on_progress)
+        position = RoundPosition(order.round_number, local.round_count)
+        plan = Plan(local.training, position, order.seed)
+        trained = train(self._method(local, local.classes), specs, start, examples, plan, on_progress)
         delta = {
             name: np.asarray((tensor - start.received[name]).cpu(), np.float32)
             for name, tensor in trained.shared.items()
@@ -122,11 +134,23 @@ class Workbench:
         return WorkOutcome(delta, private, len(examples), trained.metrics, 0.0)
 
     def _evaluate(self, order: WorkOrder, specs: tuple[TensorSpec, ...], on_progress: OnProgress) -> WorkOutcome:
+        """The measures of every split that is asked for and held; those of the personal one under their bare names."""
         shared, private = self._params(order, specs)
-        method, data = self._method(order.local), self._data(order.local, on_progress)
-        examples = data.features(Split.TEST, order.local.method().needs_patches)
-        metrics = evaluate(method, {**shared, **private}, examples)
-        return WorkOutcome({}, {}, len(examples), metrics, 0.0)
+        wanted = order.local.evaluation
+        held = [split for split in wanted.splits if self._cache.holds(order.silo, SPLITS[split])]
+        if not held:
+            names = " or ".join(SPLITS[split].value for split in wanted.splits)
+            raise WorkError(FailureReason.DATA_UNAVAILABLE, f"this silo has no {names} examples")
+        counts: dict[EvaluationSplit, int] = {}
+        metrics: dict[str, float] = {}
+        for split in held:
+            classes = wanted.novel_classes if split is EvaluationSplit.NOVEL else order.local.classes
+            examples = self._examples(order, SPLITS[split], classes, on_progress)
+            measured = evaluate(self._method(order.local, classes), {**shared, **private}, examples)
+            prefix = "" if split is EvaluationSplit.PERSONAL else f"{split.value}_"
+            metrics |= {prefix + name: value for name, value in measured.items()}
+            counts[split] = len(examples)
+        return WorkOutcome({}, {}, counts.get(EvaluationSplit.PERSONAL, max(counts.values())), metrics, 0.0)
 
     def _check_model(self, local: LocalSpec) -> None:
         wanted, clip = local.model, self._clip
@@ -142,24 +166,28 @@ class Workbench:
                 f"the weights have {clip.context_dim} and {clip.feature_dim}",
             )
 
-    def _method(self, local: LocalSpec) -> LocalMethod:
+    def _method(self, local: LocalSpec, classes: tuple[str, ...]) -> LocalMethod:
         build = find_local_method(local.method_name)
-        if self._tower is None or self._tower[0] != local.classes:
-            self._tower = (local.classes, self._clip.text_tower(local.classes))
-        return build(local.method(), self._tower[1])
+        if classes not in self._towers:
+            if len(self._towers) == TOWERS:
+                self._towers.pop(next(iter(self._towers)))
+            self._towers[classes] = self._clip.text_tower(classes)
+        return build(local.method(), self._towers[classes])
 
-    def _data(self, local: LocalSpec, on_progress: OnProgress) -> ExperimentData:
-        match = match_classes(self._cache.labels, local.classes)
+    def _examples(self, order: WorkOrder, split: Split, classes: tuple[str, ...], on_progress: OnProgress) -> Examples:
+        known = {split} if split is Split.NOVEL else {Split.TRAIN, Split.VALIDATION, Split.TEST, split}
+        match = match_classes(self._cache.labels(order.silo, known), classes)
         for label in match.unknown[:UNKNOWN_IN_LOG]:
             log.error("label %r is no class of the experiment; map it in data.class_names or remove it", label)
         match.check()
-        return ExperimentData(self._cache, match.indices, lambda done, total: on_progress(0, 0))
+        patches = order.local.method().needs_patches
+        return self._cache.examples(order.silo, split, patches, match.indices, lambda done, total: on_progress(0, 0))
 
     def _params(self, order: WorkOrder, specs: tuple[TensorSpec, ...]) -> tuple[Params, Params]:
         """The shared tensors as received, and the private ones as held, or their initial values."""
         shared_specs, private_specs = of_scope(specs, Scope.SHARED), of_scope(specs, Scope.PRIVATE)
         check_tensors(shared_specs, order.shared)
-        private: Tensors = order.private or self._initial(private_specs, private_seed(order.experiment_id))
+        private: Tensors = order.private or self._initial(private_specs, order.local.seed)
         try:
             check_tensors(private_specs, private)
         except TensorError as error:
@@ -177,18 +205,11 @@ class Workbench:
                 if len(spec.shape) < 2:
                     raise WorkError(FailureReason.INTERNAL, f"tensor {spec.name!r} of shape {spec.shape} is no context")
                 embedded = self._clip.embed_phrase(spec.init.text, spec.shape[-2]).detach().cpu().numpy()
-                values[spec.name] = np.broadcast_to(embedded, spec.shape).astype(np.float32)
+                noise = initial_tensors([dataclasses.replace(spec, init=Normal(spec.init.noise))], seed)[spec.name]
+                values[spec.name] = np.add(embedded, noise, dtype=np.float32)
             else:
                 values |= initial_tensors([spec], seed)
         return values
-
-
-def private_seed(experiment_id: str) -> int:
-    """Seeds the initial private tensors: of the experiment, because a task's own seed changes from round to round.
-
-    So they are the same whichever round a silo first takes part in, and at every silo, as in the papers' code.
-    """
-    return int.from_bytes(hashlib.sha256(b"private tensors of " + experiment_id.encode()).digest()[:8], "big")
 
 
 def _check_finite(outcome: WorkOutcome) -> None:

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -64,12 +64,15 @@ class _Child:
 
 
 class ProcessWorker:
-    """A `Worker` that keeps one child process. `program` is the child's command line but for the file descriptor."""
+    """A `Worker` that keeps one child process. `program` is the child's command line but for the file descriptor.
+
+    `data`: the images of each virtual silo by name, or the daemon's own under `OWN`.
+    """
 
     def __init__(
         self,
         model: ModelSource,
-        data: DataSource,
+        data: Mapping[str, DataSource],
         threads: int | None,
         log: WorkerLog,
         program: Sequence[str] = PROGRAM,

@@ -30,10 +30,13 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass(frozen=True)
 class Load:
-    """Daemon to worker, first: what to load. `threads`: CPU threads of torch, or its own choice."""
+    """Daemon to worker, first: what to load. `threads`: CPU threads of torch, or its own choice.
+
+    `data`: the images of each virtual silo by name, or of the daemon itself under "".
+    """
 
     model: ModelSource
-    data: DataSource
+    data: Mapping[str, DataSource]
     threads: int | None
 
 

@@ -23,7 +23,8 @@ class Found(NamedTuple):
 def scan_folder(root: Path) -> Found:
     """Every image file below `root/<class>` or `root/<split>/<class>`, at any depth.
 
-    With `train` and `test` directories the split is theirs; otherwise no entry has one. Hidden files and directories
+    With `train` and `test` directories the split is theirs, and `base`, `novel` and `domain` may lie beside them;
+    otherwise no entry has one. Hidden files and directories
     are passed over. Raises `ConfigurationError` for a folder without images, unreadable directories, an incomplete
     or mixed set of split directories, and links that lead out of the root.
     """
@@ -56,7 +57,7 @@ def _split_directories(root: Path, real_root: Path) -> Iterator[tuple[Split | No
                 "move class directories below 'train' and 'test', or rename the split directories"
             )
         yield from ((split, real_root / name) for split, name in splits.items())
-    elif splits and len(splits) == len(names):
+    elif {Split.TRAIN, Split.TEST, Split.VALIDATION} & set(splits) and len(splits) == len(names):
         raise ConfigurationError(
             f"data.root '{root}' holds {sorted(names)} only; add both 'train' and 'test', "
             "or put the class directories directly below the root to have them split"

@@ -3,12 +3,13 @@
 import csv
 import io
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from fedrt.errors import ConfigurationError
-from silo.data.records import SPLIT_NAMES, Entry, Split, find_split
+from silo.data.records import EVALUATED, SPLIT_NAMES, Entry, Split, find_split
 
 REQUIRED = ("path", "label")
 
@@ -24,19 +25,20 @@ def scan_manifest(manifest: Path, root: Path) -> list[Entry]:
     """The listed files. A path is relative to `root`, or else to the manifest; it must not lead out of `root`.
 
     A file that does not exist stays in the list: it counts as unreadable. Either every row names a split or none does.
-    Raises `ConfigurationError` naming the line.
+    A file may be listed once in each split that is for evaluation. Raises `ConfigurationError` naming the line.
     """
     real_root = Path(os.path.realpath(root))
     entries: list[Entry] = []
-    seen: dict[Path, int] = {}
+    seen: dict[Path, list[tuple[_Row, Split | None]]] = defaultdict(list)
     rows = list(_rows(manifest))
     has_splits = any(row.split for row in rows)
     for row in rows:
         where = f"'{manifest}', line {row.line}"
         path = _locate(row.path, manifest, real_root, where)
-        if (earlier := seen.setdefault(path, row.line)) != row.line:
-            raise ConfigurationError(f"{where}: '{row.path}' was listed in line {earlier} already; keep one of the two")
         split = _split(row.split, where) if has_splits else None
+        for earlier, other in seen[path]:
+            _check_again(row, split, earlier, other, where)
+        seen[path].append((row, split))
         entries.append(Entry(path, path.relative_to(real_root).as_posix(), row.label, split))
     if not entries:
         raise ConfigurationError(f"data.manifest '{manifest}' lists no images; add one line for each image")
@@ -46,6 +48,19 @@ def scan_manifest(manifest: Path, root: Path) -> list[Entry]:
             "check data.root: paths are relative to it"
         )
     return entries
+
+
+def _check_again(row: _Row, split: Split | None, earlier: _Row, other: Split | None, where: str) -> None:
+    """An image may serve several evaluations, but none that it was trained on."""
+    if split is other:
+        again = "was listed"
+    elif not {split, other} <= EVALUATED:
+        again = f"was listed for split '{earlier.split}'"
+    elif row.label != earlier.label:
+        again = f"has the label '{earlier.label}'"
+    else:
+        return
+    raise ConfigurationError(f"{where}: '{row.path}' {again} in line {earlier.line} already; keep one of the two")
 
 
 def _rows(manifest: Path) -> Iterator[_Row]:

@@ -12,11 +12,14 @@ from pathlib import Path
 
 
 class Split(enum.Enum):
-    """What an image is for."""
+    """What an image is for. `BASE`, `NOVEL` and `DOMAIN` are for evaluation too; see `fedrt.spec.EvaluationSplit`."""
 
     TRAIN = "train"
     VALIDATION = "validation"
     TEST = "test"
+    BASE = "base"
+    NOVEL = "novel"
+    DOMAIN = "domain"
 
 
 SPLIT_NAMES: Mapping[str, Split] = {
@@ -27,7 +30,11 @@ SPLIT_NAMES: Mapping[str, Split] = {
     "validation": Split.VALIDATION,
     "test": Split.TEST,
     "testing": Split.TEST,
+    "base": Split.BASE,
+    "novel": Split.NOVEL,
+    "domain": Split.DOMAIN,
 }
+EVALUATED: frozenset[Split] = frozenset({Split.TEST, Split.BASE, Split.NOVEL, Split.DOMAIN})
 
 
 def find_split(name: str) -> Split | None:

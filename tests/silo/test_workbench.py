@@ -17,17 +17,17 @@ import silo.methods
 from fedrt.aggregation import ServerState, Update
 from fedrt.errors import ConfigurationError, FailureReason, SpecError, TensorError, WorkError
 from fedrt.method import ModelDims
-from fedrt.spec import LocalSpec, ModelSpec, TrainingSpec
+from fedrt.spec import EvaluationSplit, LocalEvaluationSpec, LocalSpec, ModelSpec, TrainingSpec
 from fedrt.task import TaskKind
 from fedrt.tensors import Normal, Scope, TensorSpec, initial_tensors
 from silo.clip.model import FrozenClip, load_clip
 from silo.data import Split, index
 from silo.embedded import embedded_paths
 from silo.features import FeatureCache
-from silo.method import Batch, ImageFeatures, LocalMethod, Params, TextTower
+from silo.method import Classifier, ImageFeatures, LocalMethod, Params, TextTower, cross_entropy
 from silo.sources import DataSource, ModelSource
-from silo.work import WorkOrder
-from silo.workbench import Workbench, open_workbench, private_seed
+from silo.work import OWN, WorkOrder
+from silo.workbench import Workbench, open_workbench
 from silo.worker import ProcessWorker
 from silo.worker_frames import Load
 
@@ -64,7 +64,7 @@ def root(tmp_path: Path) -> Path:
 
 def bench(clip: FrozenClip, root: Path, share: float = 0.0, test_share: float = 0.2) -> Workbench:
     source = DataSource("image_folder", root, test_share=test_share)
-    return Workbench(clip, FeatureCache(clip, index(source), share))
+    return Workbench(clip, FeatureCache(clip, {OWN: index(source)}, share))
 
 
 def local(clip: FrozenClip, method: str = "promptfl", hyperparameters: str = '{"context_length":2}') -> LocalSpec:
@@ -130,7 +130,7 @@ def test_training_depends_on_the_seed_and_nothing_else(clip: FrozenClip, root: P
 
 def test_zero_shot_evaluates_without_tensors(clip: FrozenClip, root: Path) -> None:
     outcome = bench(clip, root).perform(order(local(clip, "zeroshot", "{}"), TaskKind.EVALUATE), quiet)
-    assert set(outcome.metrics) == {"accuracy", "loss"}
+    assert set(outcome.metrics) == {"accuracy", "loss", "macro_f1", "calibration_error", "auroc"}
 
 
 def test_initial_values_with_a_phrase_come_from_clip(clip: FrozenClip, root: Path) -> None:
@@ -141,9 +141,20 @@ def test_initial_values_with_a_phrase_come_from_clip(clip: FrozenClip, root: Pat
     assert outcome.example_count == 0
 
 
+def test_several_contexts_start_from_the_words_with_noise(clip: FrozenClip, root: Path) -> None:
+    spec = local(clip, hyperparameters='{"context_length":3,"context_init":"a photo of","context_count":2}')
+    outcome = bench(clip, root).perform(order(spec, TaskKind.INITIALIZE), quiet)
+    noise = outcome.shared["context"] - clip.embed_phrase("a photo of", 3).detach().numpy()
+    assert noise.shape == (2, 3, clip.context_dim)
+    assert 0.015 < noise.std() < 0.025
+    assert not np.array_equal(noise[0], noise[1])
+    again = bench(clip, root).perform(order(spec, TaskKind.INITIALIZE, seed=9), quiet)
+    assert again.shared["context"].tobytes() == outcome.shared["context"].tobytes()
+
+
 def test_initial_values_without_a_phrase_are_those_of_every_machine(clip: FrozenClip, root: Path) -> None:
     spec = local(clip)
-    outcome = bench(clip, root).perform(order(spec, TaskKind.INITIALIZE, seed=9), quiet)
+    outcome = bench(clip, root).perform(order(dataclasses.replace(spec, seed=9), TaskKind.INITIALIZE), quiet)
     assert outcome.shared["context"].tobytes() == initial_tensors(spec.tensors(), 9)["context"].tobytes()
 
 
@@ -169,14 +180,16 @@ class Twofold:
 
 
 def build_twofold(declaration: Twofold, tower: TextTower) -> LocalMethod:
-    def logits(params: Params, images: ImageFeatures) -> torch.Tensor:
-        assert images.patches is not None
-        return tower.logit_scale * images.pooled @ tower.encode(params["context"] + params["own"]).T
+    def classify(params: Params) -> Classifier:
+        features = tower.encode(params["context"] + params["own"])
 
-    def loss(params: Params, received: Params, batch: Batch) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(logits(params, batch.images), batch.labels)
+        def logits(images: ImageFeatures) -> torch.Tensor:
+            assert images.patches is not None
+            return tower.logit_scale * images.pooled @ features.T
 
-    return LocalMethod(logits, loss)
+        return logits
+
+    return LocalMethod(classify, cross_entropy(classify))
 
 
 @pytest.fixture
@@ -192,12 +205,14 @@ def test_private_tensors_start_from_the_experiment_and_go_on_from_what_is_held(
     work = bench(clip, root)
     first = order(twofold)
     implicit = work.perform(first, quiet)
-    start = initial_tensors([twofold.tensors()[1]], private_seed("e1"))
+    start = initial_tensors([twofold.tensors()[1]], 1)
     explicit = work.perform(dataclasses.replace(first, private=start), quiet)
     assert set(implicit.shared) == {"context"}
     assert set(implicit.private) == {"own"}
     assert implicit.private["own"].tobytes() == explicit.private["own"].tobytes() != start["own"].tobytes()
-    elsewhere = work.perform(dataclasses.replace(first, experiment_id="e2"), quiet)
+    same = work.perform(dataclasses.replace(first, experiment_id="e2"), quiet)
+    assert same.private["own"].tobytes() == implicit.private["own"].tobytes()
+    elsewhere = work.perform(dataclasses.replace(first, local=dataclasses.replace(twofold, seed=2)), quiet)
     assert elsewhere.private["own"].tobytes() != implicit.private["own"].tobytes()
     onward = work.perform(dataclasses.replace(first, private=implicit.private, round_number=2), quiet)
     assert onward.private["own"].tobytes() != implicit.private["own"].tobytes()
@@ -287,10 +302,11 @@ def test_truncated_files_are_skipped_up_to_the_share(
 
 def test_the_survey_finds_wrong_types_before_any_work(clip: FrozenClip, root: Path) -> None:
     (root / "Blue_Square" / "0.png").write_text("hello")
-    load = Load(MODEL, DataSource("image_folder", root), 1)
+    load = Load(MODEL, {OWN: DataSource("image_folder", root)}, 1)
     with pytest.raises(ConfigurationError, match=r"1 of \d+ \w+ images are unreadable.*the log names them: repair"):
         open_workbench(load)
-    lenient = open_workbench(dataclasses.replace(load, data=dataclasses.replace(load.data, max_unreadable_share=0.5)))
+    source = dataclasses.replace(load.data[OWN], max_unreadable_share=0.5)
+    lenient = open_workbench(dataclasses.replace(load, data={OWN: source}))
     assert lenient.report().unreadable_count == 1
 
 
@@ -304,16 +320,90 @@ def test_features_are_computed_once_for_each_split(clip: FrozenClip, root: Path,
             calls.append((len(images), patches))
             return clip.encode_images(images, patches)
 
-    cache = FeatureCache(Counting(), index(DataSource("image_folder", root)), 0)  # type: ignore[arg-type]
+    source = DataSource("image_folder", root, test_share=0)
+    cache = FeatureCache(Counting(), {"a": index(source), "b": index(source)}, 0)  # type: ignore[arg-type]
     seen: list[tuple[int, int]] = []
-    for _ in range(2):
-        cache.encode(Split.TRAIN, False, lambda done, total: seen.append((done, total)))
-        found = cache.encode(Split.TRAIN, True, lambda done, total: None)
-    assert calls == [(16, False), (16, True)]
-    assert seen == [(16, 16)]
-    assert found.images.patches is not None
-    assert found.images.patches.shape[0] == len(found.labels) == 16
-    torch.testing.assert_close(found.images.pooled.norm(dim=1), torch.ones(16))
+    classes = {"Blue_Square": 1, "RED triangle": 2}
+    for name in ("a", "b"):
+        pooled = cache.examples(name, Split.TRAIN, False, classes, lambda done, total: seen.append((done, total)))
+        found = cache.examples(name, Split.TRAIN, True, classes, lambda done, total: None)
+    assert calls == [(32, False), (32, True)]  # twenty images, in batches of one size
+    assert seen == [(20, 20)]
+    assert found.labels.tolist() == [1] * 10 + [2] * 10
+    images = found.batch(slice(None)).images
+    assert images.patches is not None
+    assert images.patches.shape[0] == 20
+    torch.testing.assert_close(images.pooled.norm(dim=1), torch.ones(20))
+    assert pooled.batch(slice(3)).images.patches is None
+
+
+def test_features_depend_neither_on_neighbours_nor_on_what_came_before(clip: FrozenClip, root: Path) -> None:
+    everything = index(DataSource("image_folder", root, test_share=0))
+    alone = dataclasses.replace(everything, records=everything.records[7:8])
+    classes = {"Blue_Square": 0, "RED triangle": 1}
+
+    def first(cache: FeatureCache, silo: str) -> torch.Tensor:
+        return cache.examples(silo, Split.TRAIN, False, classes, quiet).batch(slice(1)).images.pooled
+
+    together = FeatureCache(clip, {"all": everything, "one": alone}, 0)
+    expected = first(FeatureCache(clip, {OWN: alone}, 0), OWN)
+    assert torch.equal(first(together, "one"), expected)
+    later = dataclasses.replace(everything, records=everything.records[:7])
+    grown = FeatureCache(clip, {"later": dataclasses.replace(later), "one": alone}, 0)
+    first(grown, "later")
+    assert torch.equal(first(grown, "one"), expected)
+
+
+def test_features_that_are_not_finite_are_refused(clip: FrozenClip, root: Path) -> None:
+    class Damaged:
+        preprocess = staticmethod(clip.preprocess)
+
+        def encode_images(self, images: torch.Tensor, patches: bool) -> ImageFeatures:
+            pooled, _ = clip.encode_images(images, patches)
+            return ImageFeatures(torch.where(torch.arange(len(pooled))[:, None] == 3, torch.nan, pooled), None)
+
+    cache = FeatureCache(Damaged(), {OWN: index(DataSource("image_folder", root))}, 0)  # type: ignore[arg-type]
+    with pytest.raises(WorkError, match="features of some images are not finite; check the model's weights") as caught:
+        cache.examples(OWN, Split.TRAIN, False, {"Blue_Square": 0, "RED triangle": 1}, quiet)
+    assert caught.value.reason is FailureReason.NOT_FINITE
+
+
+def test_one_image_of_one_class_and_a_batch_larger_than_the_data(clip: FrozenClip, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split / "red triangle").mkdir(parents=True)
+        Image.new("RGB", (32, 32), (220, 30, 30)).save(tmp_path / split / "red triangle" / "0.png")
+    work = bench(clip, tmp_path)
+    for method in ("promptfl", "coop", "fedotp", "fedpgp", "promptfolio"):
+        spec = local(clip, method, '{"context_length":2,"rank":1}' if method == "fedpgp" else '{"context_length":2}')
+        trained = work.perform(order(spec), quiet)
+        assert trained.example_count == 1
+        assert np.isfinite(trained.metrics["loss"])
+        measured = work.perform(order(spec, TaskKind.EVALUATE), quiet)
+        assert set(measured.metrics) == {"accuracy", "loss", "macro_f1", "calibration_error"}
+
+
+def test_an_evaluation_measures_each_split_that_is_held(clip: FrozenClip, root: Path, tmp_path: Path) -> None:
+    rows = [f"Blue_Square/{n}.png,Blue_Square,{s}" for n, s in enumerate(["train"] * 6 + ["test"] * 2 + ["base"] * 2)]
+    rows += [f"RED triangle/{n}.png,RED triangle,novel" for n in range(10)]
+    (tmp_path / "m.csv").write_text("\n".join(["path,label,split", *rows, "Blue_Square/6.png,Blue_Square,base"]))
+    source = DataSource("manifest", root, tmp_path / "m.csv")
+    work = Workbench(clip, FeatureCache(clip, {OWN: index(source)}, 0))
+    splits = (EvaluationSplit.PERSONAL, EvaluationSplit.BASE, EvaluationSplit.NOVEL, EvaluationSplit.DOMAIN)
+    spec = dataclasses.replace(
+        local(clip),
+        classes=("blue square", "green circle"),
+        evaluation=LocalEvaluationSpec(splits, ("red triangle", "pink star")),
+    )
+    outcome = work.perform(order(spec, TaskKind.EVALUATE), quiet)
+    assert outcome.example_count == 2
+    names = {"accuracy", "loss", "macro_f1", "calibration_error"}  # no auroc: each split holds one class
+    assert set(outcome.metrics) == names | {f"base_{n}" for n in names} | {f"novel_{n}" for n in names}
+    swapped = dataclasses.replace(spec, evaluation=LocalEvaluationSpec(splits, ("pink star", "red triangle")))
+    again = work.perform(order(swapped, TaskKind.EVALUATE), quiet)
+    assert again.metrics["novel_accuracy"] == outcome.metrics["novel_accuracy"]
+    only = dataclasses.replace(spec, evaluation=LocalEvaluationSpec((EvaluationSplit.DOMAIN,)))
+    with pytest.raises(WorkError, match="this silo has no domain examples"):
+        work.perform(order(only, TaskKind.EVALUATE), quiet)
 
 
 # --- in a child ----------------------------------------------------------------------------------------------------
@@ -326,7 +416,7 @@ async def test_two_processes_train_to_the_same_bits(clip: FrozenClip, root: Path
     found = []
     for _ in range(2):
         log = CapturingLogger()
-        worker = ProcessWorker(MODEL, DataSource("image_folder", root), 1, log)
+        worker = ProcessWorker(MODEL, {OWN: DataSource("image_folder", root)}, 1, log)
         try:
             report = await worker.describe()
             assert report.weights_sha256 == clip.weights_sha256
@@ -348,7 +438,7 @@ async def test_two_processes_train_to_the_same_bits(clip: FrozenClip, root: Path
     ],
 )
 async def test_what_cannot_be_loaded_is_the_operator_s_to_mend(root: Path, model: ModelSource, words: str) -> None:
-    worker = ProcessWorker(model, DataSource("image_folder", root), 1, CapturingLogger())
+    worker = ProcessWorker(model, {OWN: DataSource("image_folder", root)}, 1, CapturingLogger())
     with pytest.raises(ConfigurationError, match=words):
         await worker.describe()
     assert worker.process_id is None

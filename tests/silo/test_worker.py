@@ -24,7 +24,7 @@ from silo.worker import ProcessWorker
 
 ROOT = Path(__file__).parents[2]
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
-DATA = DataSource("image_folder", Path("/nowhere"))
+DATA = {"": DataSource("image_folder", Path("/nowhere"))}
 SHARED = {"context": np.arange(6, dtype=np.float32).reshape(2, 3)}
 
 

@@ -54,10 +54,13 @@ def order(**tensors: np.ndarray) -> WorkOrder:
 FRAMES: list[Frame] = [
     Load(
         ModelSource("ViT-B-16", "/opt/w.safetensors", "cuda:0"),
-        DataSource("manifest", Path("/d"), Path("/d/m.csv"), 0.1, {"mel": "melanoma"}, 0.3),
+        {
+            "north": DataSource("manifest", Path("/d"), Path("/d/m.csv"), 0.1, {"mel": "melanoma"}, 0.3),
+            "south": DataSource("image_folder", Path("/e")),
+        },
         2,
     ),
-    Load(ModelSource("a", "b"), DataSource("image_folder", Path("/d")), None),
+    Load(ModelSource("a", "b"), {"": DataSource("image_folder", Path("/d"))}, None),
     Ready(WorkerReport("a", "00", 4, 8, "cpu", 2**40, {"train": {"x": 1}, "test": {}}, 3, ("promptfl",))),
     Misconfigured('wrong "quotes"\n'),
     Progress(3, 0),

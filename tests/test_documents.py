@@ -1,19 +1,19 @@
 """The documents agree with the code: commands, tables, drawings and examples."""
 
+import dataclasses
 import importlib
 import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
-from types import ModuleType
+from typing import Any, cast, get_args
 
-import numpy as np
 import pytest
-import torch
 import typer
+import yaml
 from prometheus_client import CollectorRegistry
-from torch import Tensor
 
 import certs.cli
 import coordinator.cli
@@ -21,16 +21,17 @@ import fedrt.ctl
 import silo.cli
 from coordinator.config import load_coordinator_config
 from fedrt import payload, transport, wire
-from fedrt.aggregation import ServerState, Update
+from fedrt.aggregation import ServerRule, WeightedMean
+from fedrt.context import ClassPosition, LearnedContext
 from fedrt.errors import ExitCode, FailureReason
 from fedrt.experiment_file import load_experiment
-from fedrt.method import ModelDims, hyperparameters_json, parse_hyperparameters
+from fedrt.method import ModelDims, parse_hyperparameters
+from fedrt.methods import BUILT_IN
 from fedrt.metrics import CoordinatorMetrics, SiloMetrics
 from fedrt.session import connection, frames
 from fedrt.task import RefusalReason, Verdict
-from fedrt.tensors import initial_tensors
+from fedrt.tensors import Scope, of_scope
 from silo.config import load_silo_config
-from silo.method import Batch, ImageFeatures
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -194,36 +195,93 @@ def test_every_test_that_the_threat_model_names_exists() -> None:
 
 # ---- methods
 
-
-class Tower:
-    """A text tower of three classes in four dimensions."""
-
-    logit_scale = torch.tensor(10.0)
-
-    def encode(self, context: Tensor) -> Tensor:
-        raise AssertionError("the example uses no context")
-
-    def handcrafted(self) -> Tensor:
-        return torch.eye(3, 4)
+METHODS = DOCS / "methods.md"
+COMMON = {one.name: one.default for one in dataclasses.fields(LearnedContext)}
 
 
-def test_the_example_of_a_method_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    declaration, local = re.findall(r"^```python\n(.*?)^```$", (DOCS / "methods.md").read_text(), re.M | re.S)
-    for name, source in (("classbias", ""), ("classbias.declaration", declaration), ("classbias.local", local)):
-        module = ModuleType(name)
-        monkeypatch.setitem(sys.modules, name, module)
-        exec(compile(source, name, "exec"), module.__dict__)
-    method = parse_hyperparameters(sys.modules["classbias.declaration"].ClassBias, {"scale": 5.0})
-    assert hyperparameters_json(method) == '{"scale":5.0}'
-    specs = method.tensors(ModelDims(context_dim=6, feature_dim=4, class_count=3))
-    shared = initial_tensors(specs, seed=1)
-    delta = {"bias": np.array([1, 2, 3], np.float32)}
-    assert (method.aggregate(ServerState(shared), [Update("a", delta, 4)]).shared["bias"] == [1, 2, 3]).all()
+def literals(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
 
-    built = sys.modules["classbias.local"].build(method, Tower())
-    bias = torch.zeros(3, requires_grad=True)
-    batch = Batch(ImageFeatures(torch.eye(2, 4), None), torch.tensor([0, 1]))
-    assert built.logits({"bias": bias}, batch.images).shape == (2, 3)
-    built.loss({"bias": bias}, {}, batch).backward()
-    assert bias.grad is not None
-    assert bias.grad.abs().sum() > 0
+
+def written_value(cell: str) -> object:
+    """A value as a table writes it: YAML in backticks, or nothing."""
+    return yaml.safe_load(literals(cell)[0]) if literals(cell) else None
+
+
+def plain(value: object) -> object:
+    """A default as YAML would have it; of a server rule, its name alone."""
+    if isinstance(value, Enum):
+        return value.value
+    return {"rule": value.rule} if isinstance(value, WeightedMean) else value
+
+
+def test_the_table_of_methods_names_every_method_with_what_it_shares_and_what_it_keeps() -> None:
+    dims = ModelDims(context_dim=6, feature_dim=4, class_count=3)
+    declared = {
+        name: tuple([one.name for one in of_scope(method().tensors(dims), scope)] for scope in Scope)
+        for name, method in BUILT_IN.items()
+    }
+    table = [row for row in rows(chapter(METHODS, "Built-in methods")) if row[0] != "name"]
+    assert {literals(row[0])[0]: (literals(row[1]), literals(row[2])) for row in table} == declared
+
+
+def test_the_source_of_a_method_is_that_of_its_module() -> None:
+    for row in rows(chapter(METHODS, "Built-in methods")):
+        for name in literals(row[0]):
+            said = sys.modules[BUILT_IN[name].__module__].__doc__ or ""
+            (number,) = set(re.findall(r"arXiv:(\d+\.\d+)", row[4]))
+            assert f"arXiv:{number}" in said, name
+            assert f"https://arxiv.org/abs/{number}" in row[4]
+
+
+def test_the_tables_of_hyper_parameters_are_complete_with_their_defaults() -> None:
+    own = {
+        (name, one.name): plain(one.default)
+        for name, method in BUILT_IN.items()
+        for one in dataclasses.fields(cast("type[Any]", method))
+        if one.name not in COMMON or one.default != COMMON[one.name]
+    }
+    table = [row for row in rows(chapter(METHODS, "Hyper-parameters")) if row[0] != "method"]
+    assert {(literals(row[0])[0], literals(row[1])[0]): written_value(row[3]) for row in table} == own
+    common = [row for row in rows(chapter(METHODS, "Options of every context")) if row[0] != "key"]
+    assert {literals(row[0])[0]: written_value(row[1]) for row in common} == {
+        name: plain(value) for name, value in COMMON.items()
+    }
+    (positions,) = (row[2] for row in common if row[0] == "`class_position`")
+    assert literals(positions) == list(ClassPosition)
+
+
+def test_the_table_of_server_rules_is_complete_with_their_defaults() -> None:
+    table = [row for row in rows(chapter(METHODS, "Server rules")) if row[0] != "rule"]
+    documented = {
+        literals(row[0])[0]: {key: float(value) for key, value in re.findall(r"`(\w+)`[^`]*= `([\d.]+)`", row[2])}
+        for row in table
+    }
+    rules = get_args(get_args(ServerRule)[0])
+    assert documented == {
+        rule.rule: {one.name: one.default for one in dataclasses.fields(rule) if one.name != "rule"} for rule in rules
+    }
+
+
+def test_the_example_of_a_server_rule_is_one() -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", chapter(METHODS, "Server rules"), re.MULTILINE | re.DOTALL)
+    section = yaml.safe_load(block)["method"]
+    assert parse_hyperparameters(BUILT_IN[section.pop("name")], section)
+
+
+def quoted_files() -> list[tuple[str, str]]:
+    pattern = re.compile(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return pattern.findall(METHODS.read_text())
+
+
+def test_the_example_quotes_every_file_of_its_package_in_full() -> None:
+    quoted = dict(quoted_files())
+    package = ROOT / "tests" / "thirdparty" / "classbias"
+    places = ("*.toml", "*.yaml", "*.py", "classbias/*.py")
+    present = [path for place in places for path in package.glob(place) if path.name != "__init__.py"]
+    assert quoted == {str(path.relative_to(ROOT)): path.read_text() for path in present}
+
+
+def test_the_files_of_the_example_are_the_only_python_of_the_document() -> None:
+    shown = re.findall(r"^```(?:python|toml)\n(.*?)^```$", METHODS.read_text(), re.MULTILINE | re.DOTALL)
+    assert set(shown) <= {text for _, text in quoted_files()}

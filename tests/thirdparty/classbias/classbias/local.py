@@ -1,0 +1,22 @@
+"""ClassBias, local half: the logits of the context, plus the bias of each class."""
+
+from torch import Tensor
+
+from classbias.declaration import ClassBias
+from silo.contexts import class_features
+from silo.method import Classifier, ImageFeatures, LocalMethod, Params, TextTower, cross_entropy
+
+
+def build(method: ClassBias, text: TextTower) -> LocalMethod:
+    """Logits are s · unit(img) · unit(text(context))ᵀ + bias_scale · bias; the loss is their cross-entropy."""
+
+    def classify(params: Params) -> Classifier:
+        features = class_features(text, method, params["context"])[0].mean(0)  # [C, D]
+
+        def logits(images: ImageFeatures) -> Tensor:
+            similar = text.logit_scale * images.pooled @ features.T  # [B, C]
+            return similar + method.bias_scale * params["bias"]
+
+        return logits
+
+    return LocalMethod(classify, cross_entropy(classify))

@@ -54,7 +54,8 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
                     f"the shared tensors of the experiment take {size} bytes; limits.max_payload of the coordinator "
                     f"allows {self._max_payload_bytes}"
                 )
-            initial = None if needs_clip(of_scope(specs, Scope.SHARED)) else await asyncio.to_thread(initial_shared, spec)
+            clip = needs_clip(of_scope(specs, Scope.SHARED))
+            initial = None if clip else await asyncio.to_thread(initial_shared, spec)
         except (SpecError, PayloadError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         done: asyncio.Future[Experiment] = asyncio.get_running_loop().create_future()

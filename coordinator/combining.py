@@ -7,11 +7,11 @@ from coordinator.inbox import PackedTensors
 from coordinator.records import Checkpoint, TaskRecord, TensorsRef
 from coordinator.store import Store
 from fedrt.aggregation import ServerState, Update
-from fedrt.errors import DamageError
+from fedrt.errors import DamageError, TensorError
 from fedrt.payload import headers_of, pack, unpack
 from fedrt.spec import ExperimentSpec
 from fedrt.task import TaskKind
-from fedrt.tensors import Scope, Tensors, check_tensors, initial_tensors, of_scope
+from fedrt.tensors import Scope, Tensors, all_finite, check_tensors, initial_tensors, of_scope
 
 
 def packed(tensors: Tensors) -> PackedTensors:
@@ -54,6 +54,8 @@ def combine(spec: ExperimentSpec, kind: TaskKind, inputs: Inputs) -> tuple[Packe
         return packed(inputs.updates[0].delta), None
     new = spec.local.method().aggregate(inputs.state, inputs.updates)
     check_tensors(of_scope(spec.local.tensors(), Scope.SHARED), new.shared)
+    if broken := sorted(name for name, array in new.memory.items() if not all_finite(array)):
+        raise TensorError(f"the server rule's memory {broken[0]!r} has values that are not finite")
     return packed(new.shared), packed(new.memory) if new.memory else None
 
 

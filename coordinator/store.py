@@ -21,7 +21,7 @@ from coordinator.records import Changes, Checkpoint, Event, NumberedEvent, SiloR
 from fedrt.errors import DamageError, PayloadError, SpecError, StorageError
 from fedrt.statefile import ensure_private_directory, storage_error
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 kept an experiment's seed elsewhere
 _DAMAGED = "a record in the store is damaged; restore the state directory from a backup"
 
 _T = TypeVar("_T")
@@ -133,6 +133,12 @@ class Store:
                     raise StorageError(
                         f"store '{path}' was written by a newer fedrt (schema {version}, this one knows "
                         f"{SCHEMA_VERSION}); install the newer version"
+                    )
+                if 0 < version < SCHEMA_VERSION:
+                    raise StorageError(
+                        f"store '{path}' was written by a development version of fedrt (schema {version}, this one "
+                        f"knows {SCHEMA_VERSION}); keep that version for its experiments, or start with an empty "
+                        "state directory"
                     )
                 metadata.create_all(connection)
                 connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")

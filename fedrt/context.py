@@ -12,6 +12,8 @@ from fedrt.aggregation import ServerRule, ServerState, Update, WeightedMean
 from fedrt.method import ModelDims
 from fedrt.tensors import Init, Normal, Phrase, Scope, TensorSpec
 
+FEDERATED_AVERAGE = WeightedMean()
+
 
 class ClassPosition(enum.StrEnum):
     """Where the class name stands: after, between the two halves of, or before the context (CoOp)."""
@@ -25,9 +27,8 @@ class ClassPosition(enum.StrEnum):
 class LearnedContext:
     """`context_length` vectors for each class name, and how the server combines what the silos learn.
 
-    `context_init` starts them from words instead of noise, or with noise where there are several; `context_count` is how
-    many contexts each scope holds;
-    `class_specific` gives every class contexts of its own.
+    `context_init` starts them from words instead of noise, or from words with noise where there are several.
+    `context_count` is how many contexts each scope holds; `class_specific` gives every class contexts of its own.
     """
 
     context_length: int = 16
@@ -35,7 +36,7 @@ class LearnedContext:
     context_count: int = 1
     class_position: ClassPosition = ClassPosition.END
     class_specific: bool = False
-    server: ServerRule = WeightedMean()
+    server: ServerRule = FEDERATED_AVERAGE
 
     def __post_init__(self) -> None:
         if self.context_length < 1:

@@ -171,7 +171,8 @@ def experiment_spec(file: ExperimentFile) -> ExperimentSpec:
         evaluation=LocalEvaluationSpec(file.evaluation.splits, file.evaluation.novel_classes),
         seed=file.seed,
     )
-    if rounds.count > 0 and not local.tensors():
+    specs = local.tensors()
+    if rounds.count > 0 and not specs:
         raise SpecError(
             f"method {file.method.name!r} trains nothing, but rounds.count is {rounds.count}; "
             "set rounds.count to 0 to evaluate only, or choose a method that trains, such as 'promptfl'"

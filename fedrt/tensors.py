@@ -72,7 +72,9 @@ class TensorSpec:
         if any(extent < 1 for extent in self.shape):
             raise ValueError(f"tensor {self.name!r} has an empty shape {self.shape}")
         if self.scope is Scope.SHARED and not self.trained:
-            raise ValueError(f"tensor {self.name!r} is shared but not trained; only a private tensor can be set locally")
+            raise ValueError(
+                f"tensor {self.name!r} is shared but not trained; only a private tensor can be set locally"
+            )
 
 
 def of_scope(specs: Iterable[TensorSpec], scope: Scope) -> tuple[TensorSpec, ...]:

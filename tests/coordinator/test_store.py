@@ -381,16 +381,23 @@ class TestOpening:
             assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2  # FULL
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
 
-    def test_a_newer_schema_is_refused_and_left_alone(self, store, directory):
+    @pytest.mark.parametrize(
+        ("version", "words"),
+        [
+            (SCHEMA_VERSION + 1, r"was written by a newer fedrt \(schema 3, this one knows 2\); install"),
+            (SCHEMA_VERSION - 1, r"was written by a development version of fedrt \(schema 1, .* empty state directory"),
+        ],
+    )
+    def test_another_schema_is_refused_and_left_alone(self, store, directory, version, words):
         committed(store, silos={"north": NORTH})
         store.close()
         with sqlite3.connect(directory / "coordinator.db") as connection:
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+            connection.execute(f"PRAGMA user_version = {version}")
         connection.close()
-        with pytest.raises(StorageError, match=r"was written by a newer fedrt \(schema 2, this one knows 1\); install"):
+        with pytest.raises(StorageError, match=words):
             Store(directory)
         with sqlite3.connect(directory / "coordinator.db") as connection:
-            assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION + 1,)
+            assert connection.execute("PRAGMA user_version").fetchone() == (version,)
         connection.close()
 
     def test_a_file_that_is_no_database_is_a_storage_error(self, directory):

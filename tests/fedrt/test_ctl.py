@@ -161,7 +161,8 @@ async def test_mistakes_get_one_line_and_an_exit_code(federation: Federation, tm
     mistyped = tmp_path / "mistyped.yaml"
     mistyped.write_text(effective_experiment("e1", make_spec()).replace("batch_size", "batch_sise"))
     await ctl(federation, "create", write(federation, "e1", make_spec(silos=("west",), method="zeroshot", rounds=0)))
-    other = write(federation, "e1", replace(make_spec(silos=("west",)), seed=8))
+    spec = make_spec(silos=("west",))
+    other = write(federation, "e1", replace(spec, local=replace(spec.local, seed=8)))
     for arguments, code, words in (
         (("create", mistyped), 78, "batch_sise"),
         (("create", tmp_path / "none.yaml"), 78, "does not exist"),

@@ -1,0 +1,234 @@
+"""A data set as a table: every image with its label, side and domain, read from folders or a CSV manifest."""
+
+import csv
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from fedrt.config import LocalPath, Section
+from fedrt.errors import ConfigurationError
+from silo.config import Text
+from silo.data.folder import scan_folder
+from silo.data.indexing import split_by_content
+from silo.data.labels import renamed
+from silo.data.manifest import scan_manifest
+from silo.data.records import Entry, Split, find_split
+from silo.sources import DataSource
+
+_SIDES = {Split.TRAIN: Split.TRAIN, Split.TEST: Split.TEST, Split.VALIDATION: None}
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image file; `path` is relative to the root of the collection, with "/" between its parts.
+
+    `split` is TRAIN or TEST, or None for an image that is dealt to nobody: the data declare it for validation.
+    """
+
+    path: str
+    label: str
+    split: Split | None
+    domain: str | None = None
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A data set below `root`. Raises `ConfigurationError` for a table that no data set can have."""
+
+    root: Path
+    items: tuple[Item, ...]
+
+    def __post_init__(self) -> None:
+        if not any(item.split for item in self.items):
+            raise ConfigurationError(f"data.root '{self.root}' holds no training and no test images; add some")
+        path, count = Counter(item.path for item in self.items).most_common(1)[0]
+        if count > 1:
+            raise ConfigurationError(f"'{path}' is in the collection {count} times; keep one")
+        for item in self.items:
+            if item.split not in (Split.TRAIN, Split.TEST, None):
+                raise ConfigurationError(
+                    f"'{item.path}' is declared for the split '{item.split.value}', but a collection knows only train, "
+                    "validation and test; point data at the data set itself, not at a silo's part of it"
+                )
+        without = next((item for item in self.items if item.domain is None), None)
+        if without and any(item.domain is not None for item in self.items):
+            raise ConfigurationError(f"'{without.path}' has no domain, but others have; give it one")
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The distinct labels of training and test images, sorted."""
+        return tuple(sorted({item.label for item in self.items if item.split}))
+
+    @cached_property
+    def domains(self) -> tuple[str, ...]:
+        """The distinct domains of training and test images, sorted; empty in a collection without domains."""
+        return tuple(sorted({item.domain for item in self.items if item.split and item.domain is not None}))
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """Positions in `items`, sorted by path: what is decided in this order does not depend on that of `items`."""
+        return tuple(sorted(range(len(self.items)), key=lambda index: self.items[index].path))
+
+    @cached_property
+    def digest(self) -> str:
+        """64 hexadecimal digits that agree exactly when the items do, in any order; the root is not part of it."""
+        rows = []
+        for index in self.order:
+            item = self.items[index]
+            rows.append([item.path, item.label, item.split.value if item.split else None, item.domain])
+        return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
+class CollectionSection(Section):
+    """The data set that is dealt out to the silos."""
+
+    root: LocalPath = Field(description="Directory of the images")
+    layout: Literal["image_folder", "domain_folder", "manifest"] = Field(
+        description="image_folder: <class>/<image> or <split>/<class>/<image>; domain_folder: the same below "
+        "a directory per domain; manifest: a CSV file with path, label and optionally split and domain"
+    )
+    manifest: LocalPath | None = Field(default=None, description="The CSV file, for layout manifest only")
+    class_names: dict[Text, Text] = Field(
+        default_factory=dict, description="The data's name of a class: the experiments' name of it"
+    )
+    test_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=DataSource.test_share,
+        description="Share of each class kept for evaluation where the data name no split",
+    )
+
+    @model_validator(mode="after")
+    def _manifest_goes_with_its_layout(self) -> Self:
+        if self.layout == "manifest" and self.manifest is None:
+            raise ValueError("layout is 'manifest', but manifest is missing; add the path of the CSV file")
+        if self.layout != "manifest" and self.manifest is not None:
+            raise ValueError(f"manifest is set, but layout is '{self.layout}'; remove manifest or set layout: manifest")
+        return self
+
+
+class _Found(NamedTuple):
+    entry: Entry
+    domain: str | None
+
+
+def read_collection(section: CollectionSection) -> Collection:
+    """Every image of the data set, sorted by path.
+
+    Where the data declare no split, one is made from what the files contain, over all domains at once: copies of one
+    image are on one side. A declared split is taken as it is. Raises `ConfigurationError` with the next step.
+    """
+    root = section.root
+    if not root.is_dir():
+        missing = "is not a directory" if root.exists() else "does not exist"
+        raise ConfigurationError(f"data.root '{root}' {missing}; set it to the folder that holds the images")
+    if section.manifest is not None:
+        found = _listed(section.manifest, root)
+    elif section.layout == "domain_folder":
+        found = list(_domain_folders(root))
+    else:
+        found = [_Found(entry, None) for entry in scan_folder(root).entries]
+    found = _distinct(found)
+    _check_names(found)
+    entries = [each.entry for each in found]
+    made = split_by_content(entries, section.test_share) if entries[0].split is None else {}
+    names = renamed({entry.label for entry in entries}, section.class_names)
+    items = [
+        Item(entry.name, names[entry.label], _side(entry.split or made[entry.name]), domain) for entry, domain in found
+    ]
+    return Collection(root, tuple(sorted(items, key=lambda item: item.path)))
+
+
+def _side(split: Split) -> Split | None:
+    return _SIDES.get(split, split)
+
+
+def _domain_folders(root: Path) -> Iterable[_Found]:
+    declared: dict[bool, str] = {}
+    for directory in _directories(root):
+        if directory.is_symlink():
+            raise ConfigurationError(f"'{directory}' is a link to a directory; move the domain itself below data.root")
+        if find_split(directory.name) is not None:
+            raise ConfigurationError(
+                f"data.root '{root}' holds '{directory.name}' where domain_folder expects the directories of domains; "
+                "set data.layout to image_folder, or put split directories below those of the domains"
+            )
+        entries = scan_folder(directory).entries
+        declared.setdefault(entries[0].split is not None, directory.name)
+        for entry in entries:
+            yield _Found(Entry(entry.path, f"{directory.name}/{entry.name}", entry.label, entry.split), directory.name)
+    if not declared:
+        raise ConfigurationError(f"data.root '{root}' holds no directories; lay it out as <domain>/<class>/<image>")
+    if len(declared) == 2:
+        raise ConfigurationError(
+            f"domain '{declared[True]}' has the directories train and test, but domain '{declared[False]}' has not; "
+            "give them to every domain or to none"
+        )
+
+
+def _directories(root: Path) -> list[Path]:
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot read the directory '{root}': {error.strerror}; make it readable for the user this program runs as"
+        ) from error
+
+
+def _listed(manifest: Path, root: Path) -> list[_Found]:
+    entries = scan_manifest(manifest, root)
+    domains = _domain_column(manifest) or [None] * len(entries)
+    return [_Found(entry, domain) for entry, domain in zip(entries, domains, strict=True)]
+
+
+def _domain_column(manifest: Path) -> Sequence[str | None]:
+    """The column `domain` of a manifest that `scan_manifest` has accepted, by image; empty if there is none."""
+    text = manifest.read_bytes().decode("utf-8-sig")
+    delimiter = next((mark for mark in ",;\t" if mark in text.partition("\n")[0]), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header = [name.strip().casefold() for name in next(reader)]
+    if "domain" not in header:
+        return []
+    column = header.index("domain")
+    domains = []
+    for fields in reader:
+        if not any(value.strip() for value in fields):
+            continue
+        if not (domain := fields[column].strip()):
+            raise ConfigurationError(
+                f"'{manifest}', line {reader.line_num}: the domain is empty; "
+                "name one in every line or remove the column"
+            )
+        domains.append(domain)
+    return domains
+
+
+def _distinct(found: Sequence[_Found]) -> list[_Found]:
+    """Without further names of a file that links within the root show twice: a manifest lists a file once."""
+    by_file: dict[Path, _Found] = {}
+    for each in sorted(found, key=lambda each: each.entry.name):
+        entry = each.entry
+        file = entry.path.resolve() if entry.path.is_symlink() else entry.path
+        first = by_file.setdefault(file, each)
+        if (first.entry.label, first.entry.split, first.domain) != (entry.label, entry.split, each.domain):
+            raise ConfigurationError(
+                f"'{first.entry.name}' and '{entry.name}' are links to one file, but differ in class, split or domain; "
+                "keep one of the two"
+            )
+    return list(by_file.values())
+
+
+def _check_names(found: Sequence[_Found]) -> None:
+    """A manifest is UTF-8, and spaces around its values mean nothing."""
+    for entry, domain in found:
+        for text in (entry.name, entry.label, domain or ""):
+            if text != text.strip():
+                raise ConfigurationError(f"the name {text!r} begins or ends with white space; rename it")
+            if not text.isascii() and text.encode(errors="replace").decode() != text:
+                raise ConfigurationError(f"the name {text!r} is not UTF-8; rename it")

@@ -1,4 +1,4 @@
-"""Writes the JSON Schemas of the three files that operators write to docs/schemas; --check only compares.
+"""Writes the JSON Schemas of the files that operators write to docs/schemas; --check only compares.
 
 Run `.venv/bin/python scripts/export_schemas.py` after changing a configuration model or a method's hyper-parameters.
 """
@@ -14,6 +14,8 @@ from coordinator.config import CoordinatorConfig  # noqa: E402
 from fedrt.config import json_schema  # noqa: E402
 from fedrt.experiment_file import experiment_schema  # noqa: E402
 from silo.config import SiloConfig  # noqa: E402
+from silo.host.config import HostConfig  # noqa: E402
+from silo.lab.sections import lab_schema  # noqa: E402
 
 DIRECTORY = ROOT / "docs" / "schemas"
 
@@ -22,8 +24,10 @@ def schemas() -> dict[Path, str]:
     """The text of every schema by the file that it belongs into."""
     found = {
         "silo": json_schema(SiloConfig),
+        "host": json_schema(HostConfig),
         "coordinator": json_schema(CoordinatorConfig),
         "experiment": experiment_schema(),
+        "lab": lab_schema(),
     }
     return {
         DIRECTORY / f"{name}.schema.json": json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

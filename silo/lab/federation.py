@@ -1,0 +1,152 @@
+"""Runs the cells of one federation with real daemons: a coordinator and a host, started, watched and ended here.
+
+A cell is one experiment. Both daemons keep their state, so a cell that was under way when everything was killed goes on
+in the same experiment. A daemon that dies is started again once in a cell; the second time the cell has failed.
+"""
+
+import asyncio
+
+import fedrt
+from fedrt.admin_client import AdminClient, LocalSocket, connect
+from fedrt.ctl_follow import follow
+from fedrt.ctl_progress import ENDED, WatchState, state_name
+from fedrt.errors import FedrtError
+from fedrt.experiment_file import experiment_file, experiment_spec
+from fedrt.spec import ExperimentSpec
+from silo.demo.directory import free_port
+from silo.demo.processes import DemoError, Processes, script
+from silo.lab.grid import Cell, Dealt, FederationPlan, experiment_of
+from silo.lab.progress import CellAudience, Progress
+from silo.lab.records import FORMAT, CellRecord, rounds_of, write_cell
+from silo.lab.sections import LabFile
+from silo.lab.workplace import Workplace, workplace_of, write_certificates, write_daemon_files
+from silo.partition.collection import CollectionSection
+
+READY_WAITS = 15  # times two minutes until the host must be ready: it looks at every image
+STARTS = 2  # of daemons that die, until the cell counts as failed
+
+
+class CellFailed(FedrtError):
+    """An experiment did not end as planned; the message is the coordinator's."""
+
+
+class Federation:
+    """One setting with one seed. `run` ends with no process left."""
+
+    def __init__(
+        self, lab: LabFile, plan: FederationPlan, dealt: Dealt, images: CollectionSection, weights: str
+    ) -> None:
+        self._lab = lab
+        self._plan = plan
+        self._dealt = dealt
+        self._images = images
+        self._weights = weights
+        self._was_ready = False
+
+    async def run(self, progress: Progress) -> None:
+        """Run every cell of the plan, write what finishes and tell what fails, whatever `FedrtError` is the reason."""
+        waiting, deaths = list(self._plan.cells), 0
+        try:
+            while waiting:
+                count, self._was_ready = len(waiting), False
+                try:
+                    await self._serve(waiting, progress)
+                except (FedrtError, OSError) as error:
+                    deaths = deaths + 1 if len(waiting) == count else 1
+                    if isinstance(error, DemoError) and deaths < STARTS:
+                        continue
+                    # without daemons no cell of this federation can run
+                    for _ in range(1 if self._was_ready else len(waiting)):
+                        progress.fails(waiting.pop(0), str(error))
+                    deaths = 0
+        finally:
+            progress.ends(self._plan)
+
+    async def _serve(self, waiting: list[Cell], progress: Progress) -> None:
+        """Start both daemons and take cells off the list as they end. Raises `FedrtError` if that cannot go on."""
+        progress.begins(self._plan, tuple(waiting))
+        place = await asyncio.to_thread(workplace_of, self._lab, self._plan, self._dealt, self._weights)
+        async with Processes(place.logs, place.sockets) as processes:
+            await processes.guarding(self._start(processes, place, progress))
+            progress.ready(self._plan)
+            self._was_ready = True
+            async with connect(LocalSocket(place.admin_socket)) as client:
+                while waiting:
+                    progress.works(self._plan, waiting[0])
+                    try:
+                        await processes.guarding(self._cell(client, waiting[0], progress))
+                    except CellFailed as error:
+                        progress.fails(waiting[0], str(error))
+                    waiting.pop(0)
+
+    async def _start(self, processes: Processes, place: Workplace, progress: Progress) -> None:
+        progress.says(self._plan, "makes certificates")
+        await asyncio.to_thread(write_certificates, place, self._dealt)
+        await asyncio.to_thread(write_daemon_files, place, self._lab, self._plan, self._images, free_port())
+        progress.says(self._plan, "starts its daemons")
+        coordinator, host = str(place.yaml("coordinator")), str(place.yaml("host"))
+        await processes.start("coordinator", script("fedrt-coordinator"), "run", "--config", coordinator)
+        # at once, since most of its start is loading the model; it dials until the coordinator is there
+        await processes.start("host", script("fedrt-silo"), "host", "--config", host)
+        await processes.ready("coordinator")
+        for wait in range(READY_WAITS):
+            try:
+                await processes.ready("host")
+                return
+            except DemoError:
+                if wait == READY_WAITS - 1:
+                    raise
+
+    async def _cell(self, client: AdminClient, cell: Cell, progress: Progress) -> None:
+        """Run one experiment to its end and write the cell. Raises `CellFailed`."""
+        file = experiment_of(cell, self._plan.partition, self._dealt, self._lab.model.architecture, self._weights)
+        try:
+            spec = experiment_spec(file)
+            experiment_id = await _choose(client, cell)
+            await client.create(experiment_id, spec)
+            state = await follow(client, experiment_id, CellAudience(progress, self._plan))
+        except FedrtError as error:
+            raise CellFailed(str(error)) from error
+        if not state.succeeded:
+            raise CellFailed(f"experiment {experiment_id!r} ended as {state.state}: {state.message}")
+        record = self._record(cell, experiment_id, spec, state)
+        await asyncio.to_thread(write_cell, self._lab.directory, cell, record)
+        progress.finishes(cell, record)
+
+    def _record(self, cell: Cell, experiment_id: str, spec: ExperimentSpec, state: WatchState) -> CellRecord:
+        return CellRecord(
+            format=FORMAT,
+            setting=cell.setting,
+            method=cell.label,
+            seed=cell.seed,
+            digest=cell.digest,
+            weights_sha256=self._weights,
+            partition_digest=self._dealt.digest,
+            holdings=self._dealt.holdings,
+            experiment=experiment_file(experiment_id, spec).model_dump(mode="json"),
+            wall_seconds=round(sum(closed.duration for closed in state.rounds), 3),
+            software=fedrt.__version__,
+            rounds=rounds_of(state),
+        )
+
+
+async def _choose(client: AdminClient, cell: Cell) -> str:
+    """The name of the cell's experiment: that of the one under way or done, else a new one.
+
+    One that has failed or was cancelled is not tried again under its name. Others that are under way are cancelled:
+    they belong to cells that failed or that lab.yaml no longer has.
+    """
+    standing = {found.experiment_id: state_name(found.state) for found in await client.list_all()}
+    for experiment_id, state in standing.items():
+        if state not in ENDED and not _belongs(experiment_id, cell):
+            await client.cancel(experiment_id)
+    name, attempt = cell.cell_id, 1
+    while standing.get(name) in {"failed", "cancelled"}:
+        attempt += 1
+        name = f"{cell.cell_id}-{attempt}"
+    return name
+
+
+def _belongs(experiment_id: str, cell: Cell) -> bool:
+    suffix = experiment_id.removeprefix(cell.cell_id)
+    return experiment_id.startswith(cell.cell_id) and (not suffix or suffix[1:].isdigit())

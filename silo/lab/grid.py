@@ -1,0 +1,243 @@
+"""The grid of a lab.yaml: a federation per setting and seed, a cell per method in it, each known by a digest; pure.
+
+The digest covers all that lab.yaml says about a cell's outcome: data, weights, partition, method, training, rounds,
+evaluation and seed. Where and on how many threads it runs is no part of it. Paths count relative to lab.yaml, so a lab
+can be moved.
+"""
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from fedrt.errors import ConfigurationError
+from fedrt.experiment_file import (
+    EvaluationSection,
+    ExperimentFile,
+    ExperimentModelSection,
+    MethodSection,
+    RoundsSection,
+    TrainingSection,
+)
+from fedrt.method import Method, ModelDims, hyperparameters_json, parse_hyperparameters
+from fedrt.methods import find_method
+from fedrt.spec import EvaluationSplit
+from silo.lab.sections import DIGEST_CHARACTERS, LabData, LabFile, LabMethod, SettingSection
+from silo.partition.sections import Dealing, PartitionSection
+
+_S = TypeVar("_S", bound=BaseModel)
+_ANY_DIMS = ModelDims(context_dim=8, feature_dim=8, class_count=2)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment to run: a method in a setting with a seed; the sections have every change applied."""
+
+    setting: str
+    label: str
+    seed: int
+    digest: str
+    method: MethodSection
+    training: TrainingSection
+    rounds: RoundsSection
+    every: int
+
+    @property
+    def cell_id(self) -> str:
+        """Also the experiment's name: `<setting>-<method>-s<seed>-<8 digits of the digest>`."""
+        return f"{self.setting}-{self.label}-s{self.seed}-{self.digest[:DIGEST_CHARACTERS]}"
+
+    @property
+    def name(self) -> str:
+        """As people read it: "label-shift/promptfl, seed 1"."""
+        return f"{self.setting}/{self.label}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class FederationPlan:
+    """A setting with a seed: one division of the images, one coordinator, one host; its cells run in order."""
+
+    setting: str
+    seed: int
+    data: LabData
+    partition: PartitionSection
+    cells: tuple[Cell, ...]
+
+    @property
+    def name(self) -> str:
+        """`<setting>-s<seed>`."""
+        return f"{self.setting}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """What became of a partition: the class lists, and how many images of each split each silo holds."""
+
+    classes: tuple[str, ...]
+    novel_classes: tuple[str, ...]
+    holdings: dict[str, dict[str, int]]
+    digest: str
+
+
+def expand(lab: LabFile, origin: Path) -> tuple[FederationPlan, ...]:
+    """All federations with their cells, by setting, then seed, then method; `origin` is where lab.yaml lies.
+
+    Raises `SpecError` for a method that is not installed or does not have these hyper-parameters.
+    """
+    return tuple(
+        _federation(lab, origin, name, setting, seed) for name, setting in lab.settings.items() for seed in lab.seeds
+    )
+
+
+def chosen(plans: Sequence[FederationPlan], patterns: Sequence[str]) -> tuple[FederationPlan, ...]:
+    """The plans with those cells that a pattern `setting/method` or `setting` means (*, ? and [] as in file names).
+
+    All of them without a pattern. Raises `ConfigurationError` for a pattern that means no cell.
+    """
+    if not patterns:
+        return tuple(plans)
+    kept: list[FederationPlan] = []
+    unused = set(patterns)
+    for plan in plans:
+        cells = []
+        for cell in plan.cells:
+            matching = {pattern for pattern in patterns if _means(pattern, cell)}
+            unused -= matching
+            cells += [cell] if matching else []
+        if cells:
+            kept.append(replace(plan, cells=tuple(cells)))
+    if unused:
+        known = sorted({f"{cell.setting}/{cell.label}" for plan in plans for cell in plan.cells})
+        raise ConfigurationError(f"--only {min(unused)!r} means no cell; there are {', '.join(known)}")
+    return tuple(kept)
+
+
+def splits_of(partition: Dealing) -> tuple[EvaluationSplit, ...]:
+    """What the silos of such a partition are measured on."""
+    novel, domain = partition.novel is not None, partition.held_out_domain is not None
+    beside = ((EvaluationSplit.BASE, partition.base or novel), (EvaluationSplit.NOVEL, novel))
+    wanted = (split for split, is_wanted in (*beside, (EvaluationSplit.DOMAIN, domain)) if is_wanted)
+    return (EvaluationSplit.PERSONAL, *wanted)
+
+
+def experiment_of(cell: Cell, partition: Dealing, dealt: Dealt, architecture: str, weights: str) -> ExperimentFile:
+    """The cell as an experiment.yaml; `weights` is their SHA-256. Every silo takes part."""
+    return ExperimentFile(
+        experiment=cell.cell_id,
+        method=cell.method,
+        model=ExperimentModelSection(architecture=architecture, weights_sha256=weights),
+        classes=dealt.classes,
+        training=cell.training,
+        rounds=cell.rounds.model_copy(update={"silos": tuple(dealt.holdings)}),
+        evaluation=EvaluationSection(every=cell.every, splits=splits_of(partition), novel_classes=dealt.novel_classes),
+        seed=cell.seed,
+    )
+
+
+def partition_words(partition: Dealing) -> str:
+    """The keys of a partition that are set, for people: "kind dirichlet, silos 10, beta 0.3"."""
+    values = partition.model_dump(mode="json", exclude_defaults=True, exclude={"seed"})
+    ordered = {"kind": values.pop("kind"), **values}
+    return ", ".join(f"{key} {_words(value)}" for key, value in ordered.items())
+
+
+def counted(things: Sized, word: str) -> str:
+    """How many there are, for people: "1 cell", "3 cells"."""
+    return f"{len(things)} {word}" + "s" * (len(things) != 1)
+
+
+def overlaid(section: _S, *changes: BaseModel | None) -> _S:
+    """The section with the keys that the changes set, the last one first; a section within it is overlaid in turn."""
+    for change in changes:
+        if change is None:
+            continue
+        update: dict[str, Any] = {}
+        for key in change.model_fields_set:
+            value, present = getattr(change, key), getattr(section, key)
+            update[key] = overlaid(present, value) if isinstance(present, BaseModel) else value
+        section = section.model_copy(update=update)
+    return section
+
+
+def portable(section: BaseModel, origin: Path) -> Any:
+    """A section as JSON values, defaults included and paths relative to `origin` where they lie below it."""
+    return _portable(section.model_dump(mode="python"), origin.absolute())
+
+
+def digest_of(document: Any) -> str:
+    """The SHA-256 of JSON values, in hexadecimal."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _federation(lab: LabFile, origin: Path, name: str, setting: SettingSection, seed: int) -> FederationPlan:
+    data = setting.data or lab.data
+    assert data is not None  # a validator sees to it
+    partition: PartitionSection = setting.partition.model_copy(update={"seed": seed})
+    common = {
+        "format": 1,
+        "setting": name,
+        "seed": seed,
+        "data": portable(data, origin),
+        "partition": portable(partition, origin),
+        "model": {
+            "architecture": lab.model.architecture,
+            "weights": _portable(Path(lab.model.weights), origin.absolute()),
+        },
+    }
+    cells = (_cell(lab, setting, label, entry, common) for label, entry in lab.methods.items())
+    return FederationPlan(name, seed, data, partition, tuple(cells))
+
+
+def _cell(lab: LabFile, setting: SettingSection, label: str, entry: LabMethod, common: dict[str, Any]) -> Cell:
+    declared = declaration(entry.method)
+    training = overlaid(lab.training, setting.training, entry.training)
+    rounds = RoundsSection.model_construct(**vars(overlaid(lab.rounds, setting.rounds, entry.rounds)))
+    every = overlaid(lab.evaluation, setting.evaluation).every
+    if not declared.tensors(_ANY_DIMS):
+        rounds = rounds.model_copy(update={"count": 0})
+    document = common | {
+        "label": label,
+        "method": {"name": entry.method.name, **json.loads(hyperparameters_json(declared))},
+        "training": training.model_dump(mode="json"),
+        "rounds": rounds.model_dump(mode="json"),
+        "every": every,
+    }
+    return Cell(common["setting"], label, common["seed"], digest_of(document), entry.method, training, rounds, every)
+
+
+def declaration(section: MethodSection) -> Method:
+    """The method that a section names, with its hyper-parameters. Raises `SpecError`."""
+    return parse_hyperparameters(find_method(section.name), section.model_extra or {})
+
+
+def _means(pattern: str, cell: Cell) -> bool:
+    setting, _, label = pattern.partition("/")
+    return fnmatch.fnmatchcase(cell.setting, setting) and fnmatch.fnmatchcase(cell.label, label or "*")
+
+
+def _portable(value: Any, origin: Path) -> Any:
+    match value:
+        case Path():
+            return str(value.relative_to(origin) if value.is_relative_to(origin) else value)
+        case dict():
+            return {str(key): _portable(item, origin) for key, item in value.items()}
+        case list() | tuple():
+            return [_portable(item, origin) for item in value]
+        case _:
+            return value
+
+
+def _words(value: Any) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, list) else str(value).lower()
+
+
+def cells_of(plans: Sequence[FederationPlan]) -> Iterator[Cell]:
+    """Every cell, in order."""
+    for plan in plans:
+        yield from plan.cells

@@ -38,8 +38,8 @@ def select(
     """Ask every available silo that may take part, or `max_silos` of them drawn by `draw` (seed, round, attempt).
 
     Without `min_results` every silo that may take part is needed, so the round waits for all of them. An evaluation
-    begins as a training round does, but once it has been `overdue` with whoever is there: it needs one result only,
-    whoever is absent is recorded, and the experiment goes on.
+    begins as a training round does, but once it has been `overdue` with whoever is there, and it asks everyone who is:
+    it needs one result only, whoever is absent is recorded, and the experiment goes on.
     """
     wanted: Set[str] = frozenset(rounds.silos) or population.known
     available = sorted(wanted & population.available)
@@ -50,8 +50,8 @@ def select(
         return Waiting("waiting for silos: none has ever connected")
     if kind is TaskKind.INITIALIZE:
         needed, capacity = 1, 1
-    if kind is TaskKind.EVALUATE and overdue:
-        needed = 1
+    if kind is TaskKind.EVALUATE:
+        needed, capacity = 1 if overdue else needed, len(wanted)
     if len(available) < needed:
         names = f"; not connected: {', '.join(missing)}" if missing else ""
         advice = "; name rounds.silos in the experiment to do without silos that are gone"

@@ -194,7 +194,7 @@ class RoundsSpec(_message.Message):
     min_result_count: _builtins.int
     """The fewest results that make a round valid. Zero means all asked silos."""
     max_silo_count: _builtins.int
-    """The most silos asked in one round. Zero means no limit."""
+    """The most silos asked to train in one round. Zero means no limit."""
     on_too_few: Global___RoundsSpec.OnTooFew.ValueType
     """What happens to a round with too few results."""
     retry_count: _builtins.int

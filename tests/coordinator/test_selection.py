@@ -77,6 +77,13 @@ def test_an_evaluation_waits_as_long_as_a_round_then_takes_who_is_there():
     assert isinstance(chosen(there, TRAIN, overdue=True), Waiting)
 
 
+def test_everyone_evaluates_however_few_train():
+    assert chosen(people("abcdef"), EVALUATE, max_silos=2) == Selection(tuple("abcdef"), needed=1)
+    there = people("abcdef", "cd")
+    absent = tuple((name, "not connected") for name in "abef")
+    assert chosen(there, EVALUATE, max_silos=2) == Selection(("c", "d"), needed=1, absent=absent)
+
+
 def test_at_most_max_silos_are_asked_and_all_of_them_needed():
     selection = chosen(people("abcdef"), max_silos=3)
     assert len(selection.asked) == selection.needed == 3
@@ -130,5 +137,6 @@ def test_only_those_who_may_and_are_there_are_asked(known, available, named, nee
         return
     assert set(selection.asked) <= wanted & available
     assert list(selection.asked) == sorted(set(selection.asked))
-    assert 1 <= selection.needed <= len(selection.asked) <= (1 if kind is INITIALIZE else capacity or 7)
+    most = {INITIALIZE: 1, TRAIN: capacity or 7, EVALUATE: 7}[kind]
+    assert 1 <= selection.needed <= len(selection.asked) <= most
     assert dict(selection.absent) == dict.fromkeys(wanted - available, "not connected")

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -33,12 +33,12 @@ def list_problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 
 def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    location, kind = detail["loc"], detail["type"]
+    location, kind = _without_tags(model, detail["loc"]), detail["type"]
     key = _dotted(location)
     if kind == "extra_forbidden":
-        return f"{key} is not a known key; {_hint(str(location[-1]), _section(model, location[:-1]), model)}"
+        return f"{key} is not a known key; {_hint(str(location[-1]), _section(model, detail['loc'][:-1]), model)}"
     if kind == "missing":
-        field = _section(model, location[:-1]).model_fields.get(str(location[-1]))
+        field = _section(model, detail["loc"][:-1]).model_fields.get(str(location[-1]))
         meaning = f" ({field.description})" if field and field.description else ""
         return f"{key} is missing; add it{meaning}"
     if kind == "json_invalid":
@@ -102,10 +102,34 @@ def _hint(key: str, section: type[BaseModel], model: type[BaseModel]) -> str:
 
 def _section(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
     """The model of the section that a location lies in."""
+    return _walk(model, location)[0]
+
+
+def _without_tags(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A location as the file has it. Where a key such as `kind` chooses between sections, pydantic puts its value in."""
+    return _walk(model, location)[1]
+
+
+def _walk(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[BaseModel], tuple[int | str, ...]]:
+    parts: list[int | str] = []
+    choices: Mapping[str, type[BaseModel]] = {}
     for part in location:
-        field = model.model_fields.get(str(part))
-        model = next(_models(field.annotation), model) if field else model
-    return model
+        if part in choices:
+            model, choices = choices[str(part)], {}
+            continue
+        parts.append(part)
+        if field := model.model_fields.get(str(part)):
+            sections = list(_models(field.annotation))
+            model = sections[0] if sections else model
+            choices = {tag: section for section in sections for tag in _tags(section)} if len(sections) > 1 else {}
+    return model, tuple(parts)
+
+
+def _tags(section: type[BaseModel]) -> Iterator[str]:
+    """The values of keys that can have one value only."""
+    for field in section.model_fields.values():
+        if get_origin(field.annotation) is Literal:
+            yield from map(str, get_args(field.annotation))
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

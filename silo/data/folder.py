@@ -24,9 +24,9 @@ def scan_folder(root: Path) -> Found:
     """Every image file below `root/<class>` or `root/<split>/<class>`, at any depth.
 
     With `train` and `test` directories the split is theirs, and `base`, `novel` and `domain` may lie beside them;
-    otherwise no entry has one. Hidden files and directories
-    are passed over. Raises `ConfigurationError` for a folder without images, unreadable directories, an incomplete
-    or mixed set of split directories, and links that lead out of the root.
+    otherwise no entry has one. Hidden files and directories are passed over. Raises `ConfigurationError` for a folder
+    without images, unreadable directories, an incomplete or mixed set of split directories, and links that lead out of
+    the root.
     """
     real_root = Path(os.path.realpath(root))
     found = Found([], 0)

@@ -1,6 +1,6 @@
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
@@ -49,7 +49,21 @@ class Place(Section):
     remote: RemoteAddress | None = None
 
 
+class Circle(Section):
+    kind: Literal["circle"]
+    radius: float
+
+
+class Square(Section):
+    kind: Literal["square"]
+    side: Annotated[float, Field(ge=0)] = Field(description="Length of an edge")
+
+
+Shape = Annotated[Circle | Square, Field(discriminator="kind")]
+
+
 class Config(Section):
+    shapes: dict[str, Shape] = Field(default_factory=dict)
     name: str = Field(description="Name of the thing")
     policy: Policy = Field(default_factory=Policy)
     place: Place = Field(default_factory=Place)
@@ -114,6 +128,11 @@ def test_relative_file_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "silo.yaml: policy.colour is not a known key; known are methods, min_examples, share",
         ),
         ("name: a\nmin_examples: 3", "silo.yaml: min_examples is not a known key; did you mean 'policy.min_examples'?"),
+        (
+            "name: a\nshapes: {a: {kind: square, sid: 1}}",
+            "shapes.a.side is missing; add it (Length of an edge)\n  shapes.a.sid is not a known key; did you mean 'side'?",
+        ),
+        ("name: a\nshapes: {a: {kind: square, side: -1}}", "silo.yaml: shapes.a.side must be at least 0; got -1"),
         ("metrics: {}\nname: a", "is missing; add it (Address of the Prometheus metrics; they are not encrypted"),
         ("fast: true", "silo.yaml: name is missing; add it (Name of the thing)"),
         ("name: 5", "silo.yaml: name must be text; got 5; put it in quotes"),

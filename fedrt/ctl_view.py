@@ -105,8 +105,8 @@ def experiment_view(experiment: experiment_pb.Experiment, rounds: Sequence[Close
 
 
 def rounds_table(rounds: Sequence[ClosedRound]) -> Table:
-    """A row per round and silo, with every metric that any of them has."""
-    metrics = sorted({name for closed in rounds for name in closed.metrics})
+    """A row per round and silo, with every metric that any of them has, but for the finer ones of an evaluation."""
+    metrics = sorted({name for closed in rounds for name in closed.metrics if not name.endswith(_FINER)})
     table = _table("round", "task", "silo", "examples", *metrics, "seconds", "bytes sent")
     for closed in rounds:
         cells = [str(closed.number), _TASKS[closed.kind]]
@@ -246,6 +246,8 @@ def _connection_text(connected: bool, draining: bool) -> Text:
     return Text("◐ stops", "yellow") if draining else Text("● up", "green")
 
 
+_FINER = ("auroc", "calibration_error", "macro_f1", "_loss")  # in `fedrtctl show --json` and in exports
+_WRAPPED = {"message", "methods", "works at"}
 _MIN_WIDTHS = {"link": 4, "does now": 9, "loss": 6, "accuracy": 8}  # so that the display stays still
 _RIGHT = {"examples", "images", "loss", "accuracy", "zero-shot", "change", "seconds", "bytes sent", "round"}
 
@@ -254,5 +256,5 @@ def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim", show_edge=False)
     for column in columns:
         align: JustifyMethod = "right" if column in _RIGHT else "left"
-        table.add_column(column, justify=align, no_wrap=column != "message", min_width=_MIN_WIDTHS.get(column))
+        table.add_column(column, justify=align, no_wrap=column not in _WRAPPED, min_width=_MIN_WIDTHS.get(column))
     return table

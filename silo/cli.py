@@ -1,4 +1,4 @@
-"""`fedrt-silo`: run the daemon, check its configuration, name its model, show what left the building."""
+"""`fedrt-silo`: run a silo or a host of many, check its configuration, name its model, show what left the building."""
 
 import asyncio
 import json
@@ -16,19 +16,20 @@ import fedrt
 from fedrt.certificates import Expectation
 from fedrt.config import effective_yaml, json_schema
 from fedrt.daemon import Lifecycle, prepare_grpc, report, run_daemon
-from fedrt.errors import FedrtError
+from fedrt.errors import ConfigurationError, FedrtError
 from fedrt.identity import Role
 from fedrt.log import configure_logging, reload_level
 from silo.config import SiloConfig, check_files, data_source, load_silo_config, model_source
 from silo.data import index
 from silo.departures import read_lines
 from silo.sources import DataSource
-from silo.work import WorkerReport
+from silo.work import OWN, WorkerReport
 from silo.worker import ProcessWorker
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A silo of a fedrt federation.")
 _T = TypeVar("_T")
 Config = Annotated[Path, typer.Option("--config", "-c", help="The silo's YAML file.")]
+HostFile = Annotated[Path, typer.Option("--config", "-c", help="The host's YAML file.")]
 
 
 @app.command()
@@ -44,6 +45,52 @@ def run(config: Config) -> None:
         return serve(loaded, lifecycle)
 
     raise typer.Exit(run_daemon(start))
+
+
+@app.command()
+def host(config: HostFile) -> None:
+    """Run many virtual silos of one data set in this process, each with its own session, as `run` does for one."""
+    prepare_grpc()
+    from silo.host.app import serve as serve_host  # noqa: PLC0415
+    from silo.host.config import load_host_config  # noqa: PLC0415
+
+    loaded = _or_exit(lambda: load_host_config(config))
+
+    def start(lifecycle: Lifecycle) -> Awaitable[None]:
+        lifecycle.reload.append(lambda: reload_level(lambda: load_host_config(config).log.level))
+        return serve_host(loaded, lifecycle)
+
+    raise typer.Exit(run_daemon(start))
+
+
+@app.command()
+def partition(
+    config: HostFile,
+    plot: Annotated[Path | None, typer.Option(help="Draw who holds what into this PNG file.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Write each silo's manifest into this directory.")] = None,
+) -> None:
+    """Deal a host's data set out without running, and print who holds what; the host deals in the same way."""
+    from rich.console import Console  # noqa: PLC0415  # with numpy and the sections, it takes a while to import
+
+    import silo.partition as parts  # noqa: PLC0415
+    from silo.host.config import load_host_config  # noqa: PLC0415
+    from silo.host.dealing import deal_out  # noqa: PLC0415
+
+    def act() -> parts.Partition:
+        collection, dealt = deal_out(load_host_config(config))
+        if to is not None:
+            parts.write_manifests(dealt, collection, to)
+        if plot is not None:
+            try:
+                parts.plot(dealt, plot)
+            except ImportError as error:
+                raise ConfigurationError("--plot needs matplotlib; run: pip install 'fedrt[demo]'") from error
+        return dealt
+
+    dealt = _or_exit(act)
+    Console().print(parts.table(dealt))
+    if to is not None:
+        typer.echo(f"manifests of {len(dealt.silos)} silos: {to}")
 
 
 @app.command()
@@ -89,7 +136,7 @@ async def _describe(config: SiloConfig) -> WorkerReport:
     configure_logging("warning", "console")
     check_files(config)
     log = structlog.get_logger("silo")
-    worker = ProcessWorker(model_source(config), data_source(config), config.model.threads, log)
+    worker = ProcessWorker(model_source(config), {OWN: data_source(config)}, config.model.threads, log)
     try:
         return await worker.describe()
     finally:

@@ -27,6 +27,7 @@ OnImages = Callable[[int, int], None]  # (images done, images in all)
 BATCH = 32  # images at a time through the image tower, always
 DECODERS = 4  # threads
 NAMED_IN_LOG = 20
+MOST_CHOSEN = 4096  # lists of rows that are remembered, one for each silo, split and list of classes
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +40,21 @@ class FeatureCache:
 
     def __init__(self, clip: FrozenClip, indices: Mapping[str, DataIndex], max_unreadable_share: float) -> None:
         self._clip = clip
-        self._indices = indices
+        self._records = {(silo, split): index.of_split(split) for silo, index in indices.items() for split in Split}
+        self._silos = tuple(indices)
+        self._labels = {key: frozenset(one.label for one in records) for key, records in self._records.items()}
         self._max_unreadable_share = max_unreadable_share
         self._tables: dict[bool, _Table] = {}
+        self._chosen: dict[tuple[str, Split, bool, tuple[tuple[str, int], ...]], tuple[Tensor, Tensor]] = {}
         self._unreadable: dict[Path, str] = {}
 
     def labels(self, silo: str, splits: Collection[Split]) -> tuple[str, ...]:
         """The distinct labels of some splits, sorted."""
-        return tuple(sorted({record.label for record in self._indices[silo].records if record.split in splits}))
+        return tuple(sorted({label for split in splits for label in self._labels[silo, split]}))
 
     def holds(self, silo: str, split: Split) -> bool:
         """Whether the silo has images of a split, readable or not."""
-        return bool(self._indices[silo].of_split(split))
+        return bool(self._records[silo, split])
 
     @property
     def unreadable_count(self) -> int:
@@ -61,8 +65,13 @@ class FeatureCache:
     def class_counts(self) -> dict[str, dict[str, dict[str, int]]]:
         """Silo -> split -> label -> files not found unreadable so far."""
         return {
-            silo: count_classes(record for record in index.records if record.path not in self._unreadable)
-            for silo, index in self._indices.items()
+            silo: count_classes(
+                record
+                for split in Split
+                for record in self._records[silo, split]
+                if record.path not in self._unreadable
+            )
+            for silo in self._silos
         }
 
     def survey(self) -> None:
@@ -70,13 +79,12 @@ class FeatureCache:
 
         Raises `WorkError` if more of a split are unreadable than a silo allows.
         """
-        records = {record.path: record for index in self._indices.values() for record in index.records}
+        records = {record.path: record for records in self._records.values() for record in records}
         with ThreadPoolExecutor(DECODERS) as pool:
             reasons = list(pool.map(_header_problem, records.values()))
         self._note({record: why for record, why in zip(records.values(), reasons, strict=True) if why is not None})
-        for silo in self._indices:
-            for split in Split:
-                self._check(silo, split)
+        for silo, split in self._records:
+            self._check(silo, split)
 
     def examples(
         self, silo: str, split: Split, patches: bool, indices: Mapping[str, int], on_images: OnImages
@@ -85,9 +93,20 @@ class FeatureCache:
 
         Raises `WorkError` if there are none, or if more is unreadable than the silo allows.
         """
-        records = self._indices[silo].of_split(split)
-        if not records:
+        if not self._records[silo, split]:
             raise WorkError(FailureReason.DATA_UNAVAILABLE, f"this silo has no {split.value} examples")
+        key = (silo, split, patches, tuple(sorted(indices.items())))
+        if key not in self._chosen:
+            if len(self._chosen) >= MOST_CHOSEN:
+                self._chosen.clear()
+            self._chosen[key] = self._choose(silo, split, patches, indices, on_images)
+        return Examples(self._tables[patches].features, *self._chosen[key])
+
+    def _choose(
+        self, silo: str, split: Split, patches: bool, indices: Mapping[str, int], on_images: OnImages
+    ) -> tuple[Tensor, Tensor]:
+        """Rows and labels of the readable examples of a split. Rows stay what they are: a table only grows."""
+        records = self._records[silo, split]
         table = self._tables.get(patches)
         if table is None or any(r.path not in table.rows and r.path not in self._unreadable for r in records):
             table = self._encode(split, patches, on_images)
@@ -95,15 +114,14 @@ class FeatureCache:
         readable = [record for record in records if record.path in table.rows]
         if not readable:
             raise WorkError(FailureReason.DATA_UNAVAILABLE, f"this silo has no readable {split.value} examples")
-        rows = torch.tensor([table.rows[record.path] for record in readable])
-        labels = torch.tensor([indices[record.label] for record in readable])
         device = table.features.pooled.device
-        return Examples(table.features, rows.to(device), labels.to(device))
+        rows = torch.tensor([table.rows[record.path] for record in readable], device=device)
+        return rows, torch.tensor([indices[record.label] for record in readable], device=device)
 
     def _encode(self, split: Split, patches: bool, on_images: OnImages) -> "_Table":
         """Add what is missing of a split, of all silos at once, to the table of features with or without patches."""
         table = self._tables.get(patches, _Table({}, None))
-        wanted = {record.path: record for index in self._indices.values() for record in index.of_split(split)}
+        wanted = {record.path: record for silo in self._silos for record in self._records[silo, split]}
         missing = [record for path, record in wanted.items() if path not in table.rows]
         missing = [record for record in missing if record.path not in self._unreadable]
         rows, parts = dict(table.rows), [] if table.content is None else [table.content]
@@ -131,7 +149,7 @@ class FeatureCache:
             log.warning("%d more unreadable images are not listed", len(problems) - NAMED_IN_LOG)
 
     def _check(self, silo: str, split: Split) -> None:
-        records = self._indices[silo].of_split(split)
+        records = self._records[silo, split]
         unreadable = sum(record.path in self._unreadable for record in records)
         if unreadable > self._max_unreadable_share * len(records):
             raise WorkError(

@@ -83,9 +83,15 @@ class Workbench:
         self._clip = clip
         self._cache = cache
         self._towers: dict[tuple[str, ...], ClipTextTower] = {}  # of the latest class lists
+        self._report: WorkerReport | None = None  # counting takes long where many silos hold many images
 
     def report(self) -> WorkerReport:
         """What is held now; the counts shrink when decoding finds a file unreadable."""
+        if self._report is None or self._report.unreadable_count != self._cache.unreadable_count:
+            self._report = self._look()
+        return self._report
+
+    def _look(self) -> WorkerReport:
         counts = self._cache.class_counts
         return WorkerReport(
             architecture=self._clip.architecture,

@@ -19,6 +19,7 @@ import certs.cli
 import coordinator.cli
 import fedrt.ctl
 import silo.cli
+import silo.lab.cli
 from coordinator.config import load_coordinator_config
 from fedrt import payload, transport, wire
 from fedrt.aggregation import ServerRule, WeightedMean
@@ -40,6 +41,7 @@ COMMANDS = {
     "fedrt-silo": silo.cli.app,
     "fedrt-certs": certs.cli.app,
     "fedrtctl": fedrt.ctl.app,
+    "fedrt-lab": silo.lab.cli.app,
 }
 
 

@@ -11,7 +11,7 @@ from fedrt.tensors import Scope, TensorSpec, of_scope
 from silo.departures import read_lines
 
 MESSAGES = frozenset({"Hello", "Heartbeat", "TaskReply", "TaskProgress", "TaskResult", "PayloadChunk", "Drain"})
-METRICS = frozenset({"accuracy", "loss"})  # means over many images
+METRICS = frozenset({"accuracy", "auroc", "calibration_error", "loss", "macro_f1"})  # means over many images
 FLOAT32_BYTES = 4
 
 

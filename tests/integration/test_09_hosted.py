@@ -1,4 +1,4 @@
-"""Many virtual silos in one host: to the coordinator they are daemons, and what befalls one of them spares the others."""
+"""Many virtual silos in one host: to the coordinator they are daemons, and what befalls one spares the others."""
 
 import asyncio
 import json

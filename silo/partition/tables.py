@@ -26,7 +26,7 @@ def table(partition: Partition, max_rows: int = MAX_ROWS) -> Table:
         shown.add_column("domain", no_wrap=True)
     for column in ("train", "test", "classes"):
         shown.add_column(column, justify="right", no_wrap=True)
-    shown.add_column("most training images", no_wrap=True, overflow="ellipsis", ratio=1)
+    shown.add_column("most training images", ratio=1)  # the one that gives way where the terminal is narrow
     holdings = partition.holdings
     hidden = 0 if len(holdings) <= max_rows else len(holdings) - max_rows
     head = (max_rows + 1) // 2
@@ -48,7 +48,7 @@ def _row(holding: Holding, has_domains: bool) -> list[str | Text]:
         f"{count(holding, Split.TRAIN):,}",
         f"{count(holding, Split.TEST):,}",
         f"{len(trained):,}",
-        Text(_largest(trained)),
+        Text(_largest(trained), no_wrap=True, overflow="ellipsis"),
     ]
 
 
@@ -74,7 +74,7 @@ def _summary(partition: Partition, has_domains: bool) -> list[str | Text]:
         f"{sum(trained):,}",
         f"{sum(tested):,}",
         f"{len(partition.classes):,}",
-        Text("; ".join([sizes, *([f"each also {', '.join(beside)}"] if beside else [])])),
+        Text("; ".join([sizes, *([f"each also {', '.join(beside)}"] if beside else [])]), overflow="ellipsis"),
     ]
 
 

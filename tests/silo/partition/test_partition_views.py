@@ -31,6 +31,15 @@ def test_a_row_says_who_holds_what() -> None:
     assert " ".join(lines[-1]) == "1 silos 19 8 4 train 19 to 19, median 19; each also domain 8"
 
 
+def test_numbers_stay_where_the_terminal_is_narrow() -> None:
+    names = {f"a class with a long name {number}": 6 for number in range(8)}
+    collection = collection_of(names, dict.fromkeys(names, 2), ("a-rather-long-domain", "another-long-domain"))
+    lines = shown(deal(collection, section(kind="domain")), 80).splitlines()
+    row = next(line.split() for line in lines if line.split()[:1] == ["a-rather-long-domain"])
+    assert row[1:5] == ["a-rather-long-domain", "48", "16", "8"]
+    assert any(line.split()[:5] == ["2", "silos", "96", "32", "8"] for line in lines)
+
+
 def test_a_hundred_silos_fit_on_a_screen() -> None:
     partition = deal(even(10, 100, 20), section(kind="dirichlet", silos=100, beta=0.5, min_images=1))
     lines = [line for line in shown(partition, 80).splitlines() if line.strip()]

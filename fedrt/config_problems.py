@@ -106,7 +106,7 @@ def _section(model: type[BaseModel], location: tuple[int | str, ...]) -> type[Ba
 
 
 def _without_tags(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A location as the file has it. Where a key such as `kind` chooses between sections, pydantic puts its value in."""
+    """A location as the file has it: pydantic puts in the value of a key such as `kind` that chooses a section."""
     return _walk(model, location)[1]
 
 

@@ -95,7 +95,9 @@ class RoundsSection(Section):
     min_results: int | None = Field(
         default=RoundsSpec.min_results, description="Results that a round needs; of every asked silo if not set"
     )
-    max_silos: int | None = Field(default=RoundsSpec.max_silos, description="Silos that train in a round; all if not set")
+    max_silos: int | None = Field(
+        default=RoundsSpec.max_silos, description="Silos that train in a round; all if not set"
+    )
     silos: Silos = Field(
         default=RoundsSpec.silos,
         description="all, or the names of those that take part",

@@ -6,15 +6,15 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 from rich.live import Live
-from typer.core import TyperGroup
 
 import fedrt
 from fedrt.admin_client import AdminClient, LocalSocket, RemoteListener, Target, connect
+from fedrt.command_line import Commands
 from fedrt.ctl_export import check_destination, write_export
 from fedrt.ctl_follow import follow
 from fedrt.ctl_json import event_json, experiment_json, round_json, silo_json
@@ -28,8 +28,7 @@ from fedrt.ctl_view import (
     silos_table,
     watch_view,
 )
-from fedrt.daemon import report
-from fedrt.errors import ExitCode, FedrtError
+from fedrt.errors import ExitCode
 from fedrt.experiment_file import experiment_schema, load_experiment
 from fedrt.v1 import admin_service_pb2 as pb
 from fedrt.v1 import experiment_pb2 as experiment_pb
@@ -39,18 +38,8 @@ INTERRUPTED = 130  # as shells count a death by SIGINT
 _T = TypeVar("_T")
 
 
-class _Commands(TyperGroup):
-    """Turns a `FedrtError` of any command into one line on stderr and its exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except FedrtError as error:
-            ctx.exit(report(error))
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

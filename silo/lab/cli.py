@@ -2,27 +2,15 @@
 
 import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from fedrt.daemon import prepare_grpc, report
-from fedrt.errors import FedrtError
-
-
-class _Commands(TyperGroup):
-    """Turns a `FedrtError` of any command into one message on stderr and its exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except FedrtError as error:
-            ctx.exit(report(error))
-
+from fedrt.command_line import Commands
+from fedrt.daemon import prepare_grpc
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

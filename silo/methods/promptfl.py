@@ -5,22 +5,11 @@ of Models", IEEE Transactions on Mobile Computing 2023, arXiv:2208.11625. The co
 arXiv:2109.01134).
 """
 
-from torch import Tensor
-
 from fedrt.methods.promptfl import PromptFL
-from silo.contexts import class_features
-from silo.method import Classifier, ImageFeatures, LocalMethod, Params, TextTower, cross_entropy
+from silo.method import LocalMethod, TextTower
+from silo.methods import coop
 
 
 def build(method: PromptFL, text: TextTower) -> LocalMethod:
-    """Logits are s · unit(img) · unit(text([start, context, class, '.', end]))ᵀ; the loss is their cross-entropy."""
-
-    def classify(params: Params) -> Classifier:
-        features = class_features(text, method, params["context"])[0].mean(0)  # [C, D]
-
-        def logits(images: ImageFeatures) -> Tensor:
-            return text.logit_scale * images.pooled @ features.T  # [B, C]
-
-        return logits
-
-    return LocalMethod(classify, cross_entropy(classify))
+    """CoOp's logits and loss: what makes the difference is that the context is shared."""
+    return coop.build(method, text)

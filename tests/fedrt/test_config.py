@@ -130,7 +130,7 @@ def test_relative_file_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("name: a\nmin_examples: 3", "silo.yaml: min_examples is not a known key; did you mean 'policy.min_examples'?"),
         (
             "name: a\nshapes: {a: {kind: square, sid: 1}}",
-            "shapes.a.side is missing; add it (Length of an edge)\n  shapes.a.sid is not a known key; did you mean 'side",
+            "shapes.a.side is missing; add it (Length of an edge)\n  shapes.a.sid is not a known key; did you mean",
         ),
         ("name: a\nshapes: {a: {kind: square, side: -1}}", "silo.yaml: shapes.a.side must be at least 0; got -1"),
         ("metrics: {}\nname: a", "is missing; add it (Address of the Prometheus metrics; they are not encrypted"),

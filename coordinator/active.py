@@ -127,7 +127,7 @@ def closed(active: Active, round_: rounds.Round, now: float) -> RoundClosed:
         attempt=round_.attempt,
         contributions=contributions,
         absences=rounds.absentees(round_),
-        metrics=mean_metrics(contributions),
+        metrics=mean_metrics(contributions, round_.kind),
         succeeded=round_.succeeded,
         duration=now - round_.begin_time,
     )

@@ -89,7 +89,7 @@ class Contribution:
 
 @dataclass(frozen=True)
 class RoundClosed:
-    """A round ended. `metrics` are means over the contributors, weighted by examples."""
+    """A round ended. `metrics` are means over the contributors; see `mean_metrics`."""
 
     experiment_id: str
     round_number: int
@@ -136,14 +136,22 @@ class Changes:
         return any((self.experiments, self.tasks, self.checkpoints, self.silos, self.blobs, self.events))
 
 
-def mean_metrics(contributions: tuple[Contribution, ...]) -> dict[str, float]:
-    """Means weighted by examples, of each metric over the silos that report it; summed in order of the names."""
+def mean_metrics(contributions: tuple[Contribution, ...], kind: TaskKind = TaskKind.TRAIN) -> dict[str, float]:
+    """Means of each metric over the silos that report it; summed in order of the names.
+
+    Of training, weighted by examples, as the tensors are. Of an evaluation, every silo counts the same, as the papers
+    have it: a silo's splits differ in size, and macro-F1, AUROC and calibration error are no means over examples.
+    """
     names = sorted({name for contribution in contributions for name in contribution.metrics})
     means: dict[str, float] = {}
     for name in names:
-        having = [c for c in contributions if name in c.metrics and c.example_count]
-        total = sum(c.example_count for c in having)
-        mean = sum(c.metrics[name] * (c.example_count / total) for c in having) if total else math.nan
+        weights = [
+            (c.metrics[name], c.example_count if kind is TaskKind.TRAIN else 1)
+            for c in contributions
+            if name in c.metrics and c.example_count
+        ]
+        total = sum(weight for _, weight in weights)
+        mean = sum(value * (weight / total) for value, weight in weights) if total else math.nan
         if math.isfinite(mean):
             means[name] = mean
     return means

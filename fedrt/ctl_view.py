@@ -54,6 +54,7 @@ def round_line(closed: ClosedRound) -> str:
     parts = [
         f"{name} {mean:.3f} (" + ", ".join(_per_silo(closed, name)) + ")"
         for name, mean in sorted(closed.metrics.items())
+        if not name.endswith(_FINER)
     ]
     absent = f"; without {', '.join(sorted(closed.absent))}" if closed.absent else ""
     return f"{head}: {', '.join([*parts, f'{closed.duration:.1f} s'])}{absent}"

@@ -106,7 +106,7 @@ class PolicySection(Section):
         default=("*",), description="Names or patterns (*, ?) of the experiments that may run here"
     )
     min_examples: Annotated[int, Field(ge=1)] = Field(
-        default=1, description="Training examples below which this silo takes part in nothing"
+        default=1, description="Images that a result must rest on: those trained on, or those of each split measured"
     )
 
 

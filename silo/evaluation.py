@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fedrt.errors import FailureReason, WorkError
 from silo.measures import measures
-from silo.method import LocalMethod, Params
+from silo.method import Classifier
 from silo.training import Examples
 
 BATCH = 1024  # images at a time
@@ -13,8 +13,8 @@ PATCHES_BATCH = 256  # where patches make the intermediates large
 
 
 @torch.no_grad()
-def evaluate(method: LocalMethod, params: Params, examples: Examples, batch: int | None = None) -> dict[str, float]:
-    """The measures of `silo.measures` on all examples; the text tower runs once, `batch` images go through at a time.
+def evaluate(classifier: Classifier, examples: Examples, batch: int | None = None) -> dict[str, float]:
+    """The measures of `silo.measures` on all examples, of which `batch` go through the classifier at a time.
 
     Raises `WorkError` without examples or if a logit is not finite.
     """
@@ -22,7 +22,6 @@ def evaluate(method: LocalMethod, params: Params, examples: Examples, batch: int
     if count == 0:
         raise WorkError(FailureReason.DATA_UNAVAILABLE, "there are no examples to evaluate")
     size = batch or (BATCH if examples.table.patches is None else PATCHES_BATCH)
-    classifier = method.classify(params)
     parts: list[Tensor] = []
     for at in range(0, count, size):
         parts.append(classifier(examples.batch(slice(at, at + size)).images))

@@ -35,10 +35,13 @@ log = logging.getLogger(__name__)
 class FeatureCache:
     """Encodes images when first asked for them, and remembers; owns what is known of unreadable files.
 
-    `indices`: what each virtual silo of this process holds, or the daemon itself under "".
+    `indices`: what each virtual silo of this process holds, or the daemon itself under ""; `max_unreadable_share` of
+    each of them.
     """
 
-    def __init__(self, clip: FrozenClip, indices: Mapping[str, DataIndex], max_unreadable_share: float) -> None:
+    def __init__(
+        self, clip: FrozenClip, indices: Mapping[str, DataIndex], max_unreadable_share: Mapping[str, float]
+    ) -> None:
         self._clip = clip
         self._records = {(silo, split): index.of_split(split) for silo, index in indices.items() for split in Split}
         self._silos = tuple(indices)
@@ -151,11 +154,12 @@ class FeatureCache:
     def _check(self, silo: str, split: Split) -> None:
         records = self._records[silo, split]
         unreadable = sum(record.path in self._unreadable for record in records)
-        if unreadable > self._max_unreadable_share * len(records):
+        share = self._max_unreadable_share[silo]
+        if unreadable > share * len(records):
             raise WorkError(
                 FailureReason.DATA_UNAVAILABLE,
                 f"{unreadable} of {len(records)} {split.value} images are unreadable; "
-                f"this silo skips up to {self._max_unreadable_share:.2%} (data.max_unreadable_share)",
+                f"this silo skips up to {share:.2%} (data.max_unreadable_share)",
             )
 
 

@@ -5,14 +5,18 @@ from fnmatch import fnmatchcase
 
 from fedrt.errors import SpecError
 from fedrt.methods import method_names
-from fedrt.task import RefusalReason, Task
+from fedrt.spec import EvaluationSplit
+from fedrt.task import RefusalReason, Task, TaskKind
 from fedrt.tensors import schema_sha256
 from silo.work import WorkerReport
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The rules of the site. `methods` and `experiments` are names or patterns such as "skin-*"."""
+    """The rules of the site. `methods` and `experiments` are names or patterns such as "skin-*".
+
+    `min_examples`: the fewest images that a result may rest on, those trained on or those of each split measured.
+    """
 
     methods: tuple[str, ...] = ("*",)
     experiments: tuple[str, ...] = ("*",)
@@ -38,13 +42,22 @@ def _judge_policy(task: Task, policy: Policy, report: WorkerReport) -> Refusal |
         return Refusal(RefusalReason.POLICY, f"policy.methods of this silo does not allow {method!r}")
     if not _matches(task.experiment_id, policy.experiments):
         return Refusal(RefusalReason.POLICY, f"policy.experiments of this silo does not allow {task.experiment_id!r}")
-    if report.example_count < policy.min_examples:
-        return Refusal(
-            RefusalReason.POLICY,
-            f"this silo has {report.example_count} training examples; its policy.min_examples asks for "
-            f"{policy.min_examples}",
-        )
+    for name, count in _examples_behind(task, report).items():
+        if count < policy.min_examples:
+            return Refusal(
+                RefusalReason.POLICY,
+                f"this silo has {count} {name} examples; its policy.min_examples asks for {policy.min_examples}",
+            )
     return None
+
+
+def _examples_behind(task: Task, report: WorkerReport) -> dict[str, int]:
+    """How many images what leaves would rest on: for an evaluation, those of each split that is asked for and held."""
+    if task.kind is not TaskKind.EVALUATE:
+        return {"training": report.example_count}
+    splits = ["test" if split is EvaluationSplit.PERSONAL else split.value for split in task.local.evaluation.splits]
+    counts = {split: sum(report.class_counts.get(split, {}).values()) for split in splits}
+    return {split: count for split, count in counts.items() if count}  # of one that it lacks, nothing leaves
 
 
 def _judge_method(task: Task, report: WorkerReport) -> Refusal | None:

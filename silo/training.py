@@ -7,9 +7,10 @@ ends at the last round. The last, smaller batch of an epoch is used.
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,10 +121,8 @@ def train(
             optimizer.param_groups[0]["lr"] = learning_rate(plan.training, plan.position, epoch)
             total = torch.zeros((), device=device)
             for batch in _shuffled(examples, plan.training.batch_size, shuffle):
-                with arithmetic:
-                    loss = method.loss(params, start.received, batch)
-                _descend(loss, optimizer, scaler)
-                total += loss.detach().float() * len(batch.labels)
+                compute = partial(method.loss, params, start.received, batch)
+                total += descend(compute, arithmetic, optimizer, scaler) * len(batch.labels)
                 steps += 1
                 on_progress(steps, batches * plan.training.local_epochs)
             mean_loss = float(total) / len(examples)  # the only wait for the device in an epoch, but for fp16
@@ -169,12 +168,30 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
             return torch.autocast(device.type, torch.float16)
 
 
-def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """One step; the scaler does nothing but in fp16, where it keeps small gradients and skips steps that overflow."""
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    scaler.step(optimizer)
-    scaler.update()
+def descend(
+    compute: Callable[[], Tensor],
+    arithmetic: AbstractContextManager[object],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Tensor:
+    """One step down the loss that `compute` gives; returns the loss, detached, in float32.
+
+    The scaler does nothing but in fp16, where it keeps small gradients. There a step that overflows is not made; it is
+    tried again on the same batch with half the scale, because a task may have few steps and none to lose. Raises
+    `WorkError` if no scale will do.
+    """
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        with arithmetic:
+            loss = compute()
+        scale = scaler.get_scale()
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.step(optimizer)
+        scaler.update()
+        if not scaler.is_enabled() or scaler.get_scale() >= scale:
+            return loss.detach().float()
+        if scale < 1:
+            raise WorkError(FailureReason.NOT_FINITE, "gradients overflow in fp16 at any scale; use fp32 or bf16")
 
 
 def _prepared(
@@ -206,9 +223,11 @@ def _shuffled(examples: Examples, batch_size: int, generator: torch.Generator) -
 
 def _finish(specs: tuple[TensorSpec, ...], params: Params, mean_loss: float, optimizer: OptimizerState) -> Trained:
     trained = {name: tensor.detach() for name, tensor in params.items()}
-    for name, tensor in trained.items():
+    for spec in specs:
+        name, tensor = spec.name, trained[spec.name]
+        remedy = "lower training.optimizer.learning_rate" if spec.trained else "the method set it so"
         if not bool(torch.isfinite(tensor).all()):
-            raise WorkError(FailureReason.NOT_FINITE, f"tensor {name!r} is not finite after training; lower the rate")
+            raise WorkError(FailureReason.NOT_FINITE, f"tensor {name!r} is not finite after training; {remedy}")
     scopes = {
         scope: {spec.name: trained[spec.name] for spec in specs if spec.scope is scope}
         for scope in (Scope.SHARED, Scope.PRIVATE)

@@ -31,7 +31,7 @@ from silo.data import Split, index
 from silo.data.labels import match_classes
 from silo.evaluation import evaluate
 from silo.features import FeatureCache
-from silo.method import LocalMethod, Params
+from silo.method import Classifier, LocalMethod, Params
 from silo.methods import find_local_method, local_method_names
 from silo.sources import ModelSource
 from silo.training import Examples, Plan, RoundPosition, Start, train
@@ -53,7 +53,7 @@ def open_workbench(load: Load) -> "Workbench":
         if one.ignored_count:
             log.info("%d files below data.root are no images and were passed over", one.ignored_count)
     clip = load_clip(_on_device(load.model))
-    cache = FeatureCache(clip, found, max(source.max_unreadable_share for source in load.data.values()))
+    cache = FeatureCache(clip, found, {silo: source.max_unreadable_share for silo, source in load.data.items()})
     try:
         cache.survey()
     except WorkError as error:
@@ -128,6 +128,8 @@ class Workbench:
     def _train(self, order: WorkOrder, specs: tuple[TensorSpec, ...], on_progress: OnProgress) -> WorkOutcome:
         start = Start(*self._params(order, specs))
         local = order.local
+        for split in local.evaluation.splits:  # a label that means nothing shows now, not after the last round
+            self._indices(order, SPLITS[split], _classes_of(split, local))
         examples = self._examples(order, Split.TRAIN, local.classes, on_progress)
         position = RoundPosition(order.round_number, local.round_count)
         plan = Plan(local.training, position, order.seed)
@@ -149,10 +151,14 @@ class Workbench:
             raise WorkError(FailureReason.DATA_UNAVAILABLE, f"this silo has no {names} examples")
         counts: dict[EvaluationSplit, int] = {}
         metrics: dict[str, float] = {}
+        classifiers: dict[tuple[str, ...], Classifier] = {}
         for split in held:
-            classes = wanted.novel_classes if split is EvaluationSplit.NOVEL else order.local.classes
+            classes = _classes_of(split, order.local)
             examples = self._examples(order, SPLITS[split], classes, on_progress)
-            measured = evaluate(self._method(order.local, classes), {**shared, **private}, examples)
+            if classes not in classifiers:
+                with torch.no_grad():
+                    classifiers[classes] = self._method(order.local, classes).classify({**shared, **private})
+            measured = evaluate(classifiers[classes], examples)
             prefix = "" if split is EvaluationSplit.PERSONAL else f"{split.value}_"
             metrics |= {prefix + name: value for name, value in measured.items()}
             counts[split] = len(examples)
@@ -180,14 +186,19 @@ class Workbench:
             self._towers[classes] = self._clip.text_tower(classes)
         return build(local.method(), self._towers[classes])
 
-    def _examples(self, order: WorkOrder, split: Split, classes: tuple[str, ...], on_progress: OnProgress) -> Examples:
+    def _indices(self, order: WorkOrder, split: Split, classes: tuple[str, ...]) -> Mapping[str, int]:
+        """The class of each label of a split. Raises `WorkError` if one means no class."""
         known = {split} if split is Split.NOVEL else {Split.TRAIN, Split.VALIDATION, Split.TEST, split}
         match = match_classes(self._cache.labels(order.silo, known), classes)
         for label in match.unknown[:UNKNOWN_IN_LOG]:
             log.error("label %r is no class of the experiment; map it in data.class_names or remove it", label)
         match.check()
+        return match.indices
+
+    def _examples(self, order: WorkOrder, split: Split, classes: tuple[str, ...], on_progress: OnProgress) -> Examples:
+        indices = self._indices(order, split, classes)
         patches = order.local.method().needs_patches
-        return self._cache.examples(order.silo, split, patches, match.indices, lambda done, total: on_progress(0, 0))
+        return self._cache.examples(order.silo, split, patches, indices, lambda done, total: on_progress(0, 0))
 
     def _params(self, order: WorkOrder, specs: tuple[TensorSpec, ...]) -> tuple[Params, Params]:
         """The shared tensors as received, and the private ones as held, or their initial values."""
@@ -216,6 +227,10 @@ class Workbench:
             else:
                 values |= initial_tensors([spec], seed)
         return values
+
+
+def _classes_of(split: EvaluationSplit, local: LocalSpec) -> tuple[str, ...]:
+    return local.evaluation.novel_classes if split is EvaluationSplit.NOVEL else local.classes
 
 
 def _check_finite(outcome: WorkOutcome) -> None:

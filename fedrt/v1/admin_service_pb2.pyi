@@ -537,7 +537,9 @@ class RoundClosed(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Example-weighted means of the silos' metrics."""
+        """Means of the silos' metrics: weighted by examples for training, and every
+        silo the same for an evaluation.
+        """
 
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:

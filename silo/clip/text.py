@@ -76,6 +76,12 @@ class ClipTextTower:
 
         Raises `WorkError` if the model's vocabulary lacks the X, or a prompt does not fit.
         """
+        if self._vocabulary.unknown_words(PLACEHOLDER):
+            raise WorkError(
+                FailureReason.DATA_UNAVAILABLE,
+                f"the vocabulary of this model is small and does not hold the placeholder {PLACEHOLDER!r}; "
+                "use the handcrafted prompt (for fedpgp, positive: handcrafted), or a CLIP with the full vocabulary",
+            )
         return self._constant(" ".join([PLACEHOLDER] * length), position)
 
     def _constant(self, phrase: str, position: ClassPosition) -> Tensor:

@@ -5,6 +5,7 @@ import pytest
 
 from coordinator.records import Changes, Contribution, SiloChanged, SiloRecord, TensorsRef, mean_metrics
 from fedrt.payload import headers_of
+from fedrt.task import TaskKind
 
 
 def contribution(silo, example_count, **metrics):
@@ -19,6 +20,12 @@ def test_a_metric_is_averaged_over_the_silos_that_report_it():
     means = mean_metrics((contribution("a", 1, loss=4.0), contribution("b", 3, loss=8.0, novel=0.5)))
     assert means == {"loss": 7.0, "novel": 0.5}
     assert list(means) == ["loss", "novel"]
+
+
+def test_in_an_evaluation_every_silo_counts_the_same():
+    silos = (contribution("a", 10, novel_accuracy=0.9), contribution("b", 990, novel_accuracy=0.5))
+    assert mean_metrics(silos, TaskKind.EVALUATE)["novel_accuracy"] == pytest.approx(0.7)
+    assert mean_metrics(silos, TaskKind.TRAIN)["novel_accuracy"] == pytest.approx(0.504)
 
 
 def test_silos_without_examples_do_not_count():

@@ -34,36 +34,42 @@ NO_SHIFT = {"shift": torch.zeros(1)}
 
 
 def test_by_hand() -> None:
-    result = evaluate(IDENTITY, NO_SHIFT, examples([[0.0, 0.0], [math.log(3.0), 0.0], [0.0, 5.0]], [0, 0, 0]))
+    result = evaluate(IDENTITY.classify(NO_SHIFT), examples([[0.0, 0.0], [math.log(3.0), 0.0], [0.0, 5.0]], [0, 0, 0]))
     losses = [math.log(2), math.log(4 / 3), math.log(1 + math.exp(5))]
     assert result["accuracy"] == pytest.approx(2 / 3)  # a tie goes to the first class
     assert result["loss"] == pytest.approx(sum(losses) / 3)
 
 
 def test_uniform_logits_have_the_loss_of_chance() -> None:
-    result = evaluate(IDENTITY, NO_SHIFT, examples([[1.0] * 8] * 4, [0, 1, 2, 3]))
+    result = evaluate(IDENTITY.classify(NO_SHIFT), examples([[1.0] * 8] * 4, [0, 1, 2, 3]))
     assert (result["accuracy"], result["auroc"]) == (0.25, 0.5)
     assert result["loss"] == pytest.approx(math.log(8))
 
 
 def test_all_measures_are_there() -> None:
     data = examples([[2.0, 0.0], [0.0, 1.0], [1.0, 0.5]], [0, 1, 1])
-    assert evaluate(IDENTITY, NO_SHIFT, data) == measures(data.table.pooled, data.labels)
-    assert set(evaluate(IDENTITY, NO_SHIFT, data)) == {"accuracy", "loss", "macro_f1", "calibration_error", "auroc"}
+    assert evaluate(IDENTITY.classify(NO_SHIFT), data) == measures(data.table.pooled, data.labels)
+    assert set(evaluate(IDENTITY.classify(NO_SHIFT), data)) == {
+        "accuracy",
+        "loss",
+        "macro_f1",
+        "calibration_error",
+        "auroc",
+    }
 
 
 def test_only_the_examples_rows_of_the_table_count() -> None:
     table = ImageFeatures(torch.tensor([[9.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 9.0]]), None)
     chosen = Examples(table, torch.tensor([2, 1, 2]), torch.tensor([0, 1, 1]))
-    assert evaluate(IDENTITY, NO_SHIFT, chosen) == measures(table.pooled[[2, 1, 2]], chosen.labels)
+    assert evaluate(IDENTITY.classify(NO_SHIFT), chosen) == measures(table.pooled[[2, 1, 2]], chosen.labels)
 
 
 def test_batches_do_not_change_the_result() -> None:
     generator = torch.Generator().manual_seed(0)
     data = of(torch.randn(37, 5, generator=generator), torch.arange(37) % 5)
-    whole = evaluate(IDENTITY, NO_SHIFT, data)
-    assert evaluate(IDENTITY, NO_SHIFT, data, batch=10) == whole
-    assert evaluate(IDENTITY, NO_SHIFT, data) == whole
+    whole = evaluate(IDENTITY.classify(NO_SHIFT), data)
+    assert evaluate(IDENTITY.classify(NO_SHIFT), data, batch=10) == whole
+    assert evaluate(IDENTITY.classify(NO_SHIFT), data) == whole
 
 
 def test_texts_are_done_once_and_images_in_batches() -> None:
@@ -72,7 +78,6 @@ def test_texts_are_done_once_and_images_in_batches() -> None:
 
     def classify(params: Params) -> Classifier:
         texts.append(params)
-        assert not torch.is_grad_enabled()
 
         def logits(images: ImageFeatures) -> Tensor:
             assert not torch.is_grad_enabled()
@@ -83,22 +88,22 @@ def test_texts_are_done_once_and_images_in_batches() -> None:
 
     count = BATCH + 44
     pooled, labels = torch.zeros(count, 2), torch.zeros(count, dtype=torch.long)
-    evaluate(LocalMethod(classify, never), {}, of(pooled, labels))
+    evaluate(classify({}), of(pooled, labels))
     assert (sizes, len(texts)) == ([BATCH, 44], 1)
     sizes.clear()
     few = PATCHES_BATCH + 3
-    evaluate(LocalMethod(classify, never), {}, of(pooled[:few], labels[:few], torch.zeros(few, 1, 2)))
+    evaluate(classify({}), of(pooled[:few], labels[:few], torch.zeros(few, 1, 2)))
     assert (sizes, len(texts)) == ([PATCHES_BATCH, 3], 2)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_not_finite(value: float) -> None:
     with pytest.raises(WorkError, match="not finite") as caught:
-        evaluate(IDENTITY, {"shift": torch.tensor([value])}, examples([[0.0, 1.0]], [0]))
+        evaluate(IDENTITY.classify({"shift": torch.tensor([value])}), examples([[0.0, 1.0]], [0]))
     assert caught.value.reason is FailureReason.NOT_FINITE
 
 
 def test_no_examples() -> None:
     with pytest.raises(WorkError, match="no examples") as caught:
-        evaluate(IDENTITY, NO_SHIFT, of(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)))
+        evaluate(IDENTITY.classify(NO_SHIFT), of(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)))
     assert caught.value.reason is FailureReason.DATA_UNAVAILABLE

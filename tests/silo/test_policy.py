@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrt.spec import ModelSpec
-from fedrt.task import RefusalReason, Task
+from fedrt.spec import EvaluationSplit, LocalEvaluationSpec, ModelSpec
+from fedrt.task import RefusalReason, Task, TaskKind
 from fedrt.tensors import schema_sha256
 from silo.policy import Policy, judge
 from silo.work import WorkerReport
@@ -73,6 +73,23 @@ def test_a_silo_takes_part_from_its_minimum_of_examples_on(minimum: int, present
         assert f"has {present} training examples; its policy.min_examples asks for {minimum}" in refusal.message
 
 
+def test_an_evaluation_is_judged_by_the_images_of_each_split_that_is_measured():
+    everything = LocalEvaluationSpec(tuple(EvaluationSplit), ("bird",))
+    task = dataclasses.replace(
+        offered(), kind=TaskKind.EVALUATE, local=dataclasses.replace(offered().local, evaluation=everything)
+    )
+
+    def refusal(**counts: int) -> str:
+        report = dataclasses.replace(REPORT, class_counts={split: {"cat": count} for split, count in counts.items()})
+        found = judge(task, Policy(min_examples=50), report)
+        return "" if found is None else found.message
+
+    assert refusal(domain=50) == ""  # a hospital that only evaluates has no training images
+    assert refusal(train=500) == ""  # nothing is measured, so nothing leaves
+    assert "has 1 test examples; its policy.min_examples asks for 50" in refusal(train=500, test=1, domain=60)
+    assert "has 3 novel examples" in refusal(train=500, test=60, novel=3)
+
+
 def test_examples_of_all_classes_count_and_a_silo_without_training_data_has_none():
     spread = dataclasses.replace(REPORT, class_counts={"train": {"cat": 5, "dog": 5}})
     assert judge(offered(), Policy(min_examples=10), spread) is None
@@ -84,7 +101,7 @@ def test_examples_of_all_classes_count_and_a_silo_without_training_data_has_none
     [
         (
             {"local": local_spec(method="fedotq")},
-            "method 'fedotq' is not installed at this silo; installed are promptfl",
+            "method 'fedotq' is not installed at this silo; installed are coop",
         ),
         ({"local": local_spec(hyperparameters='{"context_length":0}')}, "context_length must be at least 1"),
         ({"schema_sha256": b"\1" * 32}, "this silo's 'promptfl' declares other tensors than the coordinator's"),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from fedrt.errors import FailureReason, WorkError
 from fedrt.spec import OptimizerName, OptimizerSpec, Precision, Schedule, TrainingSpec
 from fedrt.tensors import Scope, TensorSpec
 from silo.method import Batch, Classifier, ImageFeatures, LocalMethod, Params, Prepare
-from silo.training import Examples, Plan, RoundPosition, Start, Trained, learning_rate, train
+from silo.training import Examples, Plan, RoundPosition, Start, Trained, descend, learning_rate, train
 
 SPECS = (TensorSpec("context", (2,), Scope.SHARED), TensorSpec("own", (2,), Scope.PRIVATE))
 Loss = Callable[[Params, Params, Batch], Tensor]
@@ -276,6 +277,31 @@ def failure(loss: Loss, examples: Examples, how: Plan, begin: Start | None = Non
     with pytest.raises(WorkError) as caught:
         run(loss, examples, how, begin)
     return caught.value
+
+
+def test_a_step_that_overflows_in_fp16_is_tried_again_on_the_same_batch() -> None:
+    weight = torch.tensor([1.0], requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)  # begins at a scale of 65536, at which 1000 overflows
+    calls: list[float] = []
+
+    def compute() -> Tensor:
+        calls.append(scaler.get_scale())
+        return (weight.half() * 1000).float().sum()
+
+    loss = descend(compute, nullcontext(), optimizer, scaler)
+    assert calls == [65536, 32768, 16384, 8192, 4096, 2048, 1024, 512, 256, 128, 64][: len(calls)]
+    assert len(calls) > 1
+    assert (float(loss), weight.item()) == (1000.0, 1.0 - 0.5 * 1000)
+
+
+def test_gradients_that_overflow_at_any_scale_end_the_task() -> None:
+    weight = torch.tensor([1.0], requires_grad=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    with pytest.raises(WorkError, match="overflow in fp16 at any scale; use fp32 or bf16") as caught:
+        descend(lambda: weight.sum() * math.inf, nullcontext(), torch.optim.SGD([weight], lr=1.0), scaler)
+    assert caught.value.reason is FailureReason.NOT_FINITE
+    assert weight.item() == 1.0
 
 
 def test_fp16_needs_cuda() -> None:

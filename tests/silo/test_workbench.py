@@ -17,10 +17,11 @@ import silo.methods
 from fedrt.aggregation import ServerState, Update
 from fedrt.errors import ConfigurationError, FailureReason, SpecError, TensorError, WorkError
 from fedrt.method import ModelDims
-from fedrt.spec import EvaluationSplit, LocalEvaluationSpec, LocalSpec, ModelSpec, TrainingSpec
+from fedrt.spec import EvaluationSplit, LocalEvaluationSpec, LocalSpec, ModelSpec, Schedule, TrainingSpec
 from fedrt.task import TaskKind
 from fedrt.tensors import Normal, Scope, TensorSpec, initial_tensors
 from silo.clip.model import FrozenClip, load_clip
+from silo.clip.text import ClipTextTower
 from silo.data import Split, index
 from silo.embedded import embedded_paths
 from silo.features import FeatureCache
@@ -64,7 +65,7 @@ def root(tmp_path: Path) -> Path:
 
 def bench(clip: FrozenClip, root: Path, share: float = 0.0, test_share: float = 0.2) -> Workbench:
     source = DataSource("image_folder", root, test_share=test_share)
-    return Workbench(clip, FeatureCache(clip, {OWN: index(source)}, share))
+    return Workbench(clip, FeatureCache(clip, {OWN: index(source)}, {OWN: share}))
 
 
 def local(clip: FrozenClip, method: str = "promptfl", hyperparameters: str = '{"context_length":2}') -> LocalSpec:
@@ -321,7 +322,7 @@ def test_features_are_computed_once_for_each_split(clip: FrozenClip, root: Path,
             return clip.encode_images(images, patches)
 
     source = DataSource("image_folder", root, test_share=0)
-    cache = FeatureCache(Counting(), {"a": index(source), "b": index(source)}, 0)  # type: ignore[arg-type]
+    cache = FeatureCache(Counting(), {"a": index(source), "b": index(source)}, {"a": 0, "b": 0})  # type: ignore[arg-type]
     seen: list[tuple[int, int]] = []
     classes = {"Blue_Square": 1, "RED triangle": 2}
     for name in ("a", "b"):
@@ -345,11 +346,11 @@ def test_features_depend_neither_on_neighbours_nor_on_what_came_before(clip: Fro
     def first(cache: FeatureCache, silo: str) -> torch.Tensor:
         return cache.examples(silo, Split.TRAIN, False, classes, quiet).batch(slice(1)).images.pooled
 
-    together = FeatureCache(clip, {"all": everything, "one": alone}, 0)
-    expected = first(FeatureCache(clip, {OWN: alone}, 0), OWN)
+    together = FeatureCache(clip, {"all": everything, "one": alone}, {"all": 0, "one": 0})
+    expected = first(FeatureCache(clip, {OWN: alone}, {OWN: 0}), OWN)
     assert torch.equal(first(together, "one"), expected)
     later = dataclasses.replace(everything, records=everything.records[:7])
-    grown = FeatureCache(clip, {"later": dataclasses.replace(later), "one": alone}, 0)
+    grown = FeatureCache(clip, {"later": dataclasses.replace(later), "one": alone}, {"later": 0, "one": 0})
     first(grown, "later")
     assert torch.equal(first(grown, "one"), expected)
 
@@ -362,7 +363,7 @@ def test_features_that_are_not_finite_are_refused(clip: FrozenClip, root: Path) 
             pooled, _ = clip.encode_images(images, patches)
             return ImageFeatures(torch.where(torch.arange(len(pooled))[:, None] == 3, torch.nan, pooled), None)
 
-    cache = FeatureCache(Damaged(), {OWN: index(DataSource("image_folder", root))}, 0)  # type: ignore[arg-type]
+    cache = FeatureCache(Damaged(), {OWN: index(DataSource("image_folder", root))}, {OWN: 0})  # type: ignore[arg-type]
     with pytest.raises(WorkError, match="features of some images are not finite; check the model's weights") as caught:
         cache.examples(OWN, Split.TRAIN, False, {"Blue_Square": 0, "RED triangle": 1}, quiet)
     assert caught.value.reason is FailureReason.NOT_FINITE
@@ -382,12 +383,75 @@ def test_one_image_of_one_class_and_a_batch_larger_than_the_data(clip: FrozenCli
         assert set(measured.metrics) == {"accuracy", "loss", "macro_f1", "calibration_error"}
 
 
+def test_virtual_silos_hold_what_is_theirs(clip: FrozenClip, root: Path) -> None:
+    everything = index(DataSource("image_folder", root, test_share=0))
+    (blue, red) = (
+        dataclasses.replace(everything, records=tuple(r for r in everything.records if r.label == label))
+        for label in ("Blue_Square", "RED triangle")
+    )
+    truncate(root / "Blue_Square" / "3.png")
+    work = Workbench(clip, FeatureCache(clip, {"blue": blue, "red": red}, {"blue": 0.0, "red": 0.0}))
+    spec = dataclasses.replace(local(clip), classes=("red triangle", "green circle"))
+    assert work.perform(dataclasses.replace(order(spec), silo="red"), quiet).example_count == 10
+    with pytest.raises(WorkError, match="no class in common"):
+        work.perform(dataclasses.replace(order(spec), silo="blue"), quiet)
+    with pytest.raises(WorkError, match=r"1 of 10 train images are unreadable; this silo skips up to 0\.00%"):
+        work.perform(dataclasses.replace(order(local(clip)), silo="blue"), quiet)
+    with pytest.raises(WorkError, match="this silo has no test examples"):
+        work.perform(dataclasses.replace(order(spec, TaskKind.EVALUATE), silo="red"), quiet)
+    assert work.report().of("red").example_count == 10
+    assert (work.report().of("blue").example_count, work.report().unreadable_count) == (9, 1)
+
+
+def test_a_cosine_ends_with_the_experiment(clip: FrozenClip, root: Path) -> None:
+    work = bench(clip, root)
+    training = dataclasses.replace(local(clip).training, schedule=Schedule.COSINE, local_epochs=1)
+    spec = dataclasses.replace(local(clip), training=training)
+    first, last = (
+        np.abs(work.perform(dataclasses.replace(order(spec), round_number=number), quiet).shared["context"]).max()
+        for number in (1, 4)
+    )
+    assert 0 < last < 0.3 * first
+
+
+def test_a_label_that_means_nothing_in_an_evaluation_shows_in_the_first_round(clip: FrozenClip, root: Path) -> None:
+    rows = [f"Blue_Square/{n}.png,Blue_Square,{'train' if n < 6 else 'test'}" for n in range(10)]
+    (root.parent / "m.csv").write_text("\n".join(["path,label,split", *rows, "RED triangle/0.png,RED triangle,novel"]))
+    cache = FeatureCache(clip, {OWN: index(DataSource("manifest", root, root.parent / "m.csv"))}, {OWN: 0.0})
+    wanted = LocalEvaluationSpec((EvaluationSplit.PERSONAL, EvaluationSplit.NOVEL), ("purple star",))
+    spec = dataclasses.replace(local(clip), evaluation=wanted)
+    with pytest.raises(WorkError, match="no class in common"):
+        Workbench(clip, cache).perform(order(spec), quiet)
+
+
+def test_an_evaluation_runs_the_text_tower_once_for_each_list_of_classes(
+    clip: FrozenClip, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    plain = ClipTextTower.encode
+
+    def counted(self: ClipTextTower, context: torch.Tensor, *rest: object) -> torch.Tensor:
+        calls.append(1)
+        assert not torch.is_grad_enabled()
+        return plain(self, context, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ClipTextTower, "encode", counted)
+    rows = [f"Blue_Square/{n}.png,Blue_Square,{s}" for n, s in enumerate(["train", "test", "base", "domain"])]
+    (root.parent / "m.csv").write_text("\n".join(["path,label,split", *rows, "RED triangle/0.png,RED triangle,novel"]))
+    cache = FeatureCache(clip, {OWN: index(DataSource("manifest", root, root.parent / "m.csv"))}, {OWN: 0.0})
+    spec = dataclasses.replace(
+        local(clip), classes=("blue square",), evaluation=LocalEvaluationSpec(tuple(EvaluationSplit), ("red triangle",))
+    )
+    Workbench(clip, cache).perform(order(spec, TaskKind.EVALUATE), quiet)
+    assert len(calls) == 2
+
+
 def test_an_evaluation_measures_each_split_that_is_held(clip: FrozenClip, root: Path, tmp_path: Path) -> None:
     rows = [f"Blue_Square/{n}.png,Blue_Square,{s}" for n, s in enumerate(["train"] * 6 + ["test"] * 2 + ["base"] * 2)]
     rows += [f"RED triangle/{n}.png,RED triangle,novel" for n in range(10)]
     (tmp_path / "m.csv").write_text("\n".join(["path,label,split", *rows, "Blue_Square/6.png,Blue_Square,base"]))
     source = DataSource("manifest", root, tmp_path / "m.csv")
-    work = Workbench(clip, FeatureCache(clip, {OWN: index(source)}, 0))
+    work = Workbench(clip, FeatureCache(clip, {OWN: index(source)}, {OWN: 0}))
     splits = (EvaluationSplit.PERSONAL, EvaluationSplit.BASE, EvaluationSplit.NOVEL, EvaluationSplit.DOMAIN)
     spec = dataclasses.replace(
         local(clip),

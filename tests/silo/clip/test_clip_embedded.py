@@ -68,7 +68,7 @@ def test_words_that_it_does_not_know(package: EmbeddedPaths) -> None:
         clip.text_tower(["red circle", "melanoma", "red nevus"])
     with pytest.raises(WorkError, match="'lesion'"):
         clip.embed_phrase("a lesion", 2)
-    with pytest.raises(WorkError, match="does not hold 'X'"):
+    with pytest.raises(WorkError, match="does not hold the placeholder 'X'"):
         clip.text_tower(["red circle"]).placeholder(2)
 
 
@@ -98,5 +98,5 @@ def test_the_real_one_recognises_its_world() -> None:
     images = clip.encode_images(torch.stack([clip.preprocess(picture) for picture in pictures]), patches=False)
     method = zeroshot.build(ZeroShot(), clip.text_tower([pair.class_name for pair in pairs]))
     examples = Examples(images, torch.arange(len(labels)), torch.from_numpy(labels))
-    accuracy = evaluate(method, {}, examples)["accuracy"]
+    accuracy = evaluate(method.classify({}), examples)["accuracy"]
     assert accuracy > 4 / len(pairs)

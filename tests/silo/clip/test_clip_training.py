@@ -41,7 +41,7 @@ def run(clip: FrozenClip, seed: int, precision: Precision = Precision.FP32) -> t
     method = promptfl.build(METHOD, clip.text_tower(NAMES))
     context = 0.02 * torch.randn(4, clip.context_dim, generator=torch.Generator().manual_seed(1))
     settings = TrainingSpec(5, 8, OptimizerSpec(learning_rate=0.05), precision=precision)
-    before = evaluate(method, {"context": context}, examples(clip))
+    before = evaluate(method.classify({"context": context}), examples(clip))
     start = Start({"context": context}, {})
     trained = train(
         method, specs, start, examples(clip), Plan(settings, RoundPosition(1, 1), seed), lambda done, planned: None
@@ -52,7 +52,7 @@ def run(clip: FrozenClip, seed: int, precision: Precision = Precision.FP32) -> t
 def test_training_learns_and_clip_stays(mini: FrozenClip) -> None:
     was = digest(mini)
     before, trained = run(mini, seed=1)
-    after = evaluate(promptfl.build(METHOD, mini.text_tower(NAMES)), trained.shared, examples(mini))
+    after = evaluate(promptfl.build(METHOD, mini.text_tower(NAMES)).classify(trained.shared), examples(mini))
     assert after["loss"] < 0.8 * before["loss"]
     assert after["accuracy"] > before["accuracy"]
     assert digest(mini) == was

@@ -6,10 +6,11 @@ sides, and a renamed or moved file stays on its side.
 
 import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from fedrt.errors import ConfigurationError
 from silo.data.folder import scan_folder
@@ -21,6 +22,9 @@ from silo.sources import DataSource
 _ORDER = {split: position for position, split in enumerate(Split)}
 _EDGE_BYTES = 32 * 1024
 _READERS = 8
+_READ_TOGETHER = 64  # files; to hand a thread a single small one costs more than reading it
+
+_Given = TypeVar("_Given")
 
 
 def index(source: DataSource) -> DataIndex:
@@ -45,13 +49,17 @@ def index(source: DataSource) -> DataIndex:
 def split_by_content(entries: Sequence[Entry], test_share: float) -> dict[str, Split]:
     """Entry name -> TRAIN or TEST, about `test_share` of each label to TEST; at least one to each side where it can be.
 
-    Depends on contents, labels and the share only. Files that are alike go to the same side, also across labels.
+    Depends on contents, labels and the share only, and on the name of a file that cannot be read. Files that are alike
+    go to the same side, also across labels.
     """
-    with ThreadPoolExecutor(_READERS) as pool:
-        keys = list(pool.map(fingerprint, [entry.path for entry in entries]))
+    return split_by_fingerprint(entries, fingerprints([entry.path for entry in entries]), test_share)
+
+
+def split_by_fingerprint(entries: Sequence[Entry], found: Sequence[str | None], test_share: float) -> dict[str, Split]:
+    """As `split_by_content`, once the fingerprint of each entry's file is known."""
     alike: dict[str, list[Entry]] = defaultdict(list)
-    for key, entry in zip(keys, entries, strict=True):
-        alike[key].append(entry)
+    for print_, entry in zip(found, entries, strict=True):
+        alike[print_ or hashlib.sha256(os.fsencode(entry.name)).hexdigest()].append(entry)
     strata: dict[str, list[list[Entry]]] = defaultdict(list)
     for key in sorted(alike):
         strata[min(entry.label for entry in alike[key])].append(alike[key])
@@ -71,11 +79,16 @@ def _test_count(count: int, test_share: float) -> int:
     return min(max(round(count * test_share), 1), count - 1)
 
 
-def fingerprint(path: Path) -> str:
+def fingerprints(paths: Sequence[Path]) -> list[str | None]:
+    """The `fingerprint` of each file, in order."""
+    return _in_threads(fingerprint, paths)
+
+
+def fingerprint(path: Path) -> str | None:
     """Equal for files of equal content: a digest of the size and of the first and last 32 KiB.
 
     Reading no more keeps a start over a network share short; if files that differ only in the middle agree, they
-    merely end up on the same side. A file that cannot be read has the digest of its path.
+    merely end up on the same side. A file that cannot be read has none.
     """
     digest = hashlib.sha256()
     try:
@@ -86,5 +99,34 @@ def fingerprint(path: Path) -> str:
                 file.seek(max(size - _EDGE_BYTES, _EDGE_BYTES))
                 digest.update(file.read(_EDGE_BYTES))
     except OSError:
-        digest.update(os.fsencode(path))
+        return None
     return digest.hexdigest()
+
+
+def identities(paths: Sequence[Path], found: Sequence[str | None]) -> list[str | None]:
+    """Equal exactly for files of equal content: the fingerprints found, or a digest of all that a file holds.
+
+    Only large files that agree in their fingerprints are read whole: scans that are not compressed often have the same
+    size and the same borders. None for a file that cannot be read.
+    """
+    counts = Counter(found)
+    agreeing = [(path, print_) for path, print_ in zip(paths, found, strict=True) if print_ and counts[print_] > 1]
+    whole = dict(zip((path for path, _ in agreeing), _in_threads(_identity, agreeing), strict=True))
+    return [whole.get(path, print_) for path, print_ in zip(paths, found, strict=True)]
+
+
+def _identity(file_and_print: tuple[Path, str]) -> str | None:
+    path, found = file_and_print
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size <= 2 * _EDGE_BYTES:
+                return found
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _in_threads(read: Callable[[_Given], str | None], given: Sequence[_Given]) -> list[str | None]:
+    parts = [given[start : start + _READ_TOGETHER] for start in range(0, len(given), _READ_TOGETHER)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [found for part in pool.map(lambda part: [read(each) for each in part], parts) for found in part]

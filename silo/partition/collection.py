@@ -17,7 +17,7 @@ from fedrt.config import LocalPath, Section
 from fedrt.errors import ConfigurationError
 from silo.config import Text
 from silo.data.folder import scan_folder
-from silo.data.indexing import split_by_content
+from silo.data.indexing import fingerprints, identities, split_by_fingerprint
 from silo.data.labels import renamed
 from silo.data.manifest import scan_manifest
 from silo.data.records import Entry, Split, find_split
@@ -31,12 +31,14 @@ class Item:
     """One image file; `path` is relative to the root of the collection, with "/" between its parts.
 
     `split` is TRAIN or TEST, or None for an image that is dealt to nobody: the data declare it for validation.
+    `content` is equal for copies of one image; None if the file cannot be read or is not there yet.
     """
 
     path: str
     label: str
     split: Split | None
     domain: str | None = None
+    content: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,15 @@ class Collection:
 
     @cached_property
     def digest(self) -> str:
-        """64 hexadecimal digits that agree exactly when the items do, in any order; the root is not part of it."""
+        """64 hexadecimal digits that agree exactly when the items do, in any order; the root is not part of it.
+
+        Contents are part of it as far as `silo.data.indexing.fingerprint` sees them: a size, a beginning, an end.
+        """
         rows = []
         for index in self.order:
             item = self.items[index]
-            rows.append([item.path, item.label, item.split.value if item.split else None, item.domain])
+            row = [item.path, item.label, item.split.value if item.split else None, item.domain]
+            rows.append(row if item.content is None else [*row, item.content])
         return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -119,7 +125,7 @@ class _Found(NamedTuple):
 
 
 def read_collection(section: CollectionSection) -> Collection:
-    """Every image of the data set, sorted by path.
+    """Every image of the data set, sorted by path. Blocks: it reads up to 64 KiB of each file, and copies whole.
 
     Where the data declare no split, one is made from what the files contain, over all domains at once: copies of one
     image are on one side. A declared split is taken as it is. Raises `ConfigurationError` with the next step.
@@ -137,10 +143,13 @@ def read_collection(section: CollectionSection) -> Collection:
     found = _distinct(found)
     _check_names(found)
     entries = [each.entry for each in found]
-    made = split_by_content(entries, section.test_share) if entries[0].split is None else {}
+    paths = [entry.path for entry in entries]
+    prints = fingerprints(paths)
+    made = split_by_fingerprint(entries, prints, section.test_share) if entries[0].split is None else {}
     names = renamed({entry.label for entry in entries}, section.class_names)
     items = [
-        Item(entry.name, names[entry.label], _side(entry.split or made[entry.name]), domain) for entry, domain in found
+        Item(entry.name, names[entry.label], _side(entry.split or made[entry.name]), domain, content)
+        for (entry, domain), content in zip(found, identities(paths, prints), strict=True)
     ]
     return Collection(root, tuple(sorted(items, key=lambda item: item.path)))
 

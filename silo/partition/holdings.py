@@ -61,7 +61,7 @@ def count_labels(collection: Collection, indices: Mapping[Split, Indices]) -> di
 def digest_of(collection: Collection, classes: Sequence[Sequence[str]], holdings: Sequence[Holding]) -> str:
     """64 hexadecimal digits that agree exactly when collection, classes and every holding do, however they came about.
 
-    The order of the collection's items, its root and the contents of the files are not part of it.
+    The order of the collection's items and its root are not part of it; contents are, as in `Collection.digest`.
     """
     rank = np.empty(len(collection.items), "<i8")
     rank[list(collection.order)] = np.arange(len(collection.items))

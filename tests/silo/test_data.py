@@ -19,7 +19,7 @@ from PIL import Image
 from fedrt.errors import ConfigurationError, FailureReason, WorkError
 from silo.data import Split, index
 from silo.data.images import UnreadableImage, check_header, read_image
-from silo.data.indexing import fingerprint, split_by_content
+from silo.data.indexing import fingerprint, identities, split_by_content
 from silo.data.labels import match_classes, normalise, renamed
 from silo.data.records import Entry
 from silo.sources import DataSource
@@ -334,6 +334,21 @@ def test_a_fingerprint_sees_size_beginning_and_end(tmp_path: Path) -> None:
     assert len({fingerprint(tmp_path / str(number)) for number in range(len(contents))}) == len(contents)
     (tmp_path / "copy").write_bytes(contents[1])
     assert fingerprint(tmp_path / "copy") == fingerprint(tmp_path / "1")
+    assert fingerprint(tmp_path / "nowhere") is None
+
+
+def test_large_files_that_differ_in_the_middle_alone_are_no_copies(tmp_path: Path) -> None:
+    contents = [bytes(100_000), bytes(50_000) + b"x" + bytes(49_999), bytes(100_000), bytes(65_536), bytes(65_536)]
+    for number, content in enumerate(contents):
+        (tmp_path / str(number)).write_bytes(content)
+    paths = [tmp_path / name for name in ("0", "1", "2", "3", "4", "nowhere", "neither")]
+    prints = [fingerprint(path) for path in paths]
+    assert prints[0] == prints[1]
+    found = identities(paths, prints)
+    assert found[0] == found[2]
+    assert found[3] == found[4] == prints[3], "a fingerprint says all about a small file"
+    assert len({found[0], found[1], found[3]}) == 3
+    assert found[5:] == [None, None]
 
 
 # --- labels --------------------------------------------------------------------------------------------------------

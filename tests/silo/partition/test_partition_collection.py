@@ -1,5 +1,6 @@
 """Collections from folders and manifests, and that no content is trained on and evaluated, whatever the kind."""
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,33 @@ def test_the_digest_is_that_of_the_table(tmp_path: Path) -> None:
     assert Collection(tmp_path / "elsewhere", items[::-1]).digest == first.digest
     for other in (items[:2], (*items[:2], Item("c", "cat", None)), (*items[:2], Item("c", "dog", Split.TEST))):
         assert Collection(tmp_path, other).digest != first.digest
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_changed_contents_give_another_digest(tmp_path: Path, declared: bool) -> None:
+    """A lab runs finished cells again whose images have changed on disk, and a host says that they have."""
+    for side in ("train", "test"):
+        for number in range(6):
+            write(tmp_path / "a" / (side if declared else ".") / "cat" / f"{side}{number}.png", f"{side}{number}")
+    write(tmp_path / "a" / "list.csv", "path,label\nghost.png,cat\n" + listing(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+
+    def digests(name: str) -> tuple[str, ...]:
+        folder = read(tmp_path / name)
+        csv_file = read(tmp_path / name, "manifest", manifest=tmp_path / name / "list.csv")
+        return folder.digest, deal(folder, section(kind="iid", silos=2)).digest, csv_file.digest
+
+    first = digests("a")
+    assert digests("b") == first, "where the root lies says nothing, nor does a file that is not there"
+    changed = next((tmp_path / "b").rglob("train3.png"))
+    changed.write_text("TRAIN3")
+    assert not set(digests("b")) & set(first)
+    changed.write_text("train3")
+    assert digests("b") == first
+
+
+def listing(root: Path) -> str:
+    return "".join(f"{path.relative_to(root)},cat\n" for path in sorted(root.rglob("*.png")))
 
 
 # --- what is no collection -----------------------------------------------------------------------------------------

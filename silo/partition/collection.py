@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
+import structlog
 from pydantic import Field, model_validator
 
 from fedrt.config import LocalPath, Section
@@ -75,6 +76,11 @@ class Collection:
         return tuple(sorted({item.domain for item in self.items if item.split and item.domain is not None}))
 
     @cached_property
+    def test_contents(self) -> frozenset[str]:
+        """What test images contain, as far as it is known."""
+        return frozenset(item.content for item in self.items if item.split is Split.TEST and item.content is not None)
+
+    @cached_property
     def order(self) -> tuple[int, ...]:
         """Positions in `items`, sorted by path: what is decided in this order does not depend on that of `items`."""
         return tuple(sorted(range(len(self.items)), key=lambda index: self.items[index].path))
@@ -128,7 +134,8 @@ def read_collection(section: CollectionSection) -> Collection:
     """Every image of the data set, sorted by path. Blocks: it reads up to 64 KiB of each file, and copies whole.
 
     Where the data declare no split, one is made from what the files contain, over all domains at once: copies of one
-    image are on one side. A declared split is taken as it is. Raises `ConfigurationError` with the next step.
+    image are on one side. A declared split is taken as it is; a warning says how many training images are copies of
+    test images, which `deal` leaves out. Raises `ConfigurationError` with the next step.
     """
     root = section.root
     if not root.is_dir():
@@ -151,7 +158,12 @@ def read_collection(section: CollectionSection) -> Collection:
         Item(entry.name, names[entry.label], _side(entry.split or made[entry.name]), domain, content)
         for (entry, domain), content in zip(found, identities(paths, prints), strict=True)
     ]
-    return Collection(root, tuple(sorted(items, key=lambda item: item.path)))
+    collection = Collection(root, tuple(sorted(items, key=lambda item: item.path)))
+    if copy_count := sum(item.split is Split.TRAIN and item.content in collection.test_contents for item in items):
+        structlog.get_logger("silo.partition").warning(
+            "training images are copies of test images; nobody trains on them", copy_count=copy_count
+        )
+    return collection
 
 
 def _side(split: Split) -> Split | None:

@@ -1,12 +1,14 @@
 """Deals the images of a collection out to silos: a function of the collection, the section and the seed alone.
 
 Training images come from the training side only, and what is evaluated from the test side only. An image of a novel
-class or of the held-out domain is nobody's training image. The order of the items does not matter, only their paths.
+class or of the held-out domain is nobody's training image. Neither is a copy of one, nor a copy of a test image: public
+data sets have a few across their declared split, which is why they are left out rather than refused. The order of the
+items does not matter, only their paths.
 """
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +19,7 @@ from fedrt.tensors import seeded_generator
 from silo.data.labels import match_classes
 from silo.data.records import Split
 from silo.partition import rules
-from silo.partition.collection import Collection
+from silo.partition.collection import Collection, Item
 from silo.partition.holdings import Holding, Indices, Partition, count_labels, digest_of
 from silo.partition.naming import domain_silos, numbered
 from silo.partition.sections import (
@@ -44,7 +46,7 @@ def deal(collection: Collection, section: PartitionSection, seed: int | None = N
         section = section.model_copy(update={"seed": seed})
     novel = _novel_classes(section, collection.labels)
     classes = tuple(label for label in collection.labels if label not in set(novel))
-    table = _sort_out(collection, section.held_out_domain)
+    table = _sort_out(collection, section.held_out_domain, novel)
     for_everyone = _evaluation(table, section, classes, novel)
     evaluation_counts = count_labels(collection, for_everyone)
     holdings = [
@@ -53,17 +55,21 @@ def deal(collection: Collection, section: PartitionSection, seed: int | None = N
         for silo, own in _deal_group(table, group, section, classes)
     ]
     digest = digest_of(collection, (classes, novel), holdings)
-    return Partition(classes, novel, tuple(holdings), section, digest)
+    return Partition(classes, novel, tuple(holdings), section, digest, table.copy_count)
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Items by side, domain and class, in order of path; those of the held-out domain apart. `rank`: that order."""
+    """Items by side, domain and class, in order of path; those of the held-out domain apart. `rank`: that order.
+
+    `copy_count` training images are left out.
+    """
 
     domains: tuple[str | None, ...]
     rank: Mapping[int, int]
     kept: Mapping[_Key, Sequence[int]]
     held_out: Mapping[_Key, Sequence[int]]
+    copy_count: int
 
     def of_class(self, split: Split, label: str, domain: str | None) -> list[int]:
         """The items of a class on one side, of one domain or (None) of all but the held-out one."""
@@ -83,19 +89,29 @@ class _Group:
     silos: tuple[str, ...]
 
 
-def _sort_out(collection: Collection, held_out_domain: str | None) -> _Table:
+def _sort_out(collection: Collection, held_out_domain: str | None, novel: Sequence[str]) -> _Table:
     domains = collection.domains
     if held_out_domain is not None and held_out_domain not in domains:
         raise ConfigurationError(f"partition.held_out_domain: {_unknown(held_out_domain, domains, 'domain')}")
+    apart = [_is_apart(item, held_out_domain, set(novel)) for item in collection.items]
+    unseen = {item.content for item, is_apart in zip(collection.items, apart, strict=True) if is_apart}
+    unseen = (unseen | collection.test_contents) - {None}
     kept: dict[_Key, list[int]] = defaultdict(list)
     held_out: dict[_Key, list[int]] = defaultdict(list)
+    copy_count = 0
     for index in collection.order:
         item = collection.items[index]
-        if item.split is not None:
+        if item.split is Split.TRAIN and item.content in unseen and not apart[index]:
+            copy_count += 1
+        elif item.split is not None:
             part = held_out if item.domain is not None and item.domain == held_out_domain else kept
             part[item.split, item.domain, item.label].append(index)
     dealt = tuple(domain for domain in domains if domain != held_out_domain) or (None,)
-    return _Table(dealt, {index: rank for rank, index in enumerate(collection.order)}, kept, held_out)
+    return _Table(dealt, {index: rank for rank, index in enumerate(collection.order)}, kept, held_out, copy_count)
+
+
+def _is_apart(item: Item, held_out_domain: str | None, novel: Container[str]) -> bool:
+    return item.label in novel or (item.domain is not None and item.domain == held_out_domain)
 
 
 def _groups(table: _Table, section: PartitionSection) -> list[_Group]:
@@ -116,7 +132,7 @@ def _deal_group(
     stream = partial(seeded_generator, section.seed, "partition")
     train, test = (_shuffled(table, split, classes, group, stream) for split in (Split.TRAIN, Split.TEST))
     available = rules.Counts(*(np.array([len(found) for found in side], np.int64) for side in (train, test)))
-    _check_enough(available, group, section)
+    _check_enough(available, group, section, table.copy_count)
     counts = _share(available, len(group.silos), section, partial(stream, "deal", group.domain or ""))
     _check_everyone(counts, group, classes)
     trained, tested = _cut(train, counts.train, section.shots), _cut(test, counts.test, None)
@@ -165,7 +181,7 @@ def _cut(shuffled: Sequence[Sequence[int]], counts: rules.IntArray, shots: int |
     return silos
 
 
-def _check_enough(available: rules.Counts, group: _Group, section: PartitionSection) -> None:
+def _check_enough(available: rules.Counts, group: _Group, section: PartitionSection, copy_count: int) -> None:
     where, silos = "the data hold", "partition.silos"
     if group.domain is not None:
         where, silos = f"domain '{group.domain}' holds", "partition.silos_per_domain"
@@ -174,8 +190,10 @@ def _check_enough(available: rules.Counts, group: _Group, section: PartitionSect
     if isinstance(section, Skewed) and section.min_images > 1:
         each, change = f"{section.min_images} (partition.min_images)", f"{silos} or partition.min_images"
     if train < count * (section.min_images if isinstance(section, Skewed) else 1):
+        copies = f" beside {copy_count} copies of images that nobody may train on" if copy_count else ""
         raise ConfigurationError(
-            f"{where} {train} training images, too few to give {count} silos {each} each; lower {change}, or add images"
+            f"{where} {train} training images{copies}, too few to give {count} silos {each} each; lower {change}, or "
+            "add images"
         )
     if test < count:
         raise ConfigurationError(

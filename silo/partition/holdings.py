@@ -33,13 +33,18 @@ class Holding:
 
 @dataclass(frozen=True)
 class Partition:
-    """`classes` and `novel_classes` are sorted and disjoint; `section` holds the seed that was used."""
+    """`classes` and `novel_classes` are sorted and disjoint; `section` holds the seed that was used.
+
+    `copy_count` training images are nobody's: they are copies of test images, or of images that a novel class or the
+    held-out domain has.
+    """
 
     classes: tuple[str, ...]
     novel_classes: tuple[str, ...]
     holdings: tuple[Holding, ...]
     section: PartitionSection
     digest: str
+    copy_count: int = 0
 
     @property
     def silos(self) -> tuple[str, ...]:

@@ -65,6 +65,7 @@ def _record(partition: Partition, collection: Collection) -> dict[str, Any]:
         "collection": {"digest": collection.digest, "items": len(collection.items)},
         "classes": partition.classes,
         "novel_classes": partition.novel_classes,
+        "copies_left_out": partition.copy_count,
         "silos": {
             holding.silo: {
                 "domain": holding.domain,

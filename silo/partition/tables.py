@@ -17,7 +17,8 @@ _SHOWN_CLASSES = 3
 def table(partition: Partition, max_rows: int = MAX_ROWS) -> Table:
     """A row for each silo: its domain, training and test images, classes, and those it trains on most.
 
-    Of more than `max_rows` silos the first and the last are shown. The last row is about all of them.
+    Of more than `max_rows` silos the first and the last are shown. The last row is about all of them. Below it stands
+    how many training images nobody got, if any.
     """
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim")
     has_domains = any(holding.domain is not None for holding in partition.holdings)
@@ -37,6 +38,9 @@ def table(partition: Partition, max_rows: int = MAX_ROWS) -> Table:
             shown.add_row(Text(f"... {hidden} more", "dim"))
     shown.add_section()
     shown.add_row(*_summary(partition, has_domains), style="bold")
+    if partition.copy_count:
+        shown.caption = f"nobody trains on {partition.copy_count:,} copies of images that must stay unseen"
+        shown.caption_justify = "left"
     return shown
 
 

@@ -1,5 +1,6 @@
 """Collections from folders and manifests, and that no content is trained on and evaluated, whatever the kind."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from fedrt.errors import ConfigurationError
 from silo.data.records import Split
@@ -16,6 +18,11 @@ from silo.partition import Collection, CollectionSection, Item, deal, read_colle
 from tests.silo.partition.drawn import BY_DOMAIN, KINDS, section
 
 Layout = str
+
+KINDS_AND_LAYOUTS = [
+    *((kind, layout) for kind in KINDS for layout in ("domain_folder", "manifest")),
+    *((kind, "image_folder") for kind in KINDS if kind not in BY_DOMAIN),
+]
 
 
 def write(path: Path, content: str) -> Path:
@@ -40,11 +47,7 @@ def listed(root: Path, text: str, **values: Any) -> Collection:
 # --- train and test share no content -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout"),
-    [(kind, layout) for kind in KINDS for layout in ("domain_folder", "manifest")]
-    + [(kind, "image_folder") for kind in KINDS if kind not in BY_DOMAIN],
-)
+@pytest.mark.parametrize(("kind", "layout"), KINDS_AND_LAYOUTS)
 @given(
     copies=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 17)), max_size=40),
     extra=st.fixed_dictionaries(
@@ -97,6 +100,57 @@ def wanted(kind: str, extra: dict[str, Any]) -> Any:
     silos = {"silos_per_domain": 1} if kind.startswith("domain") else {"silos": 2}
     skew = {"beta": 1.0, "min_images": 1} if kind.endswith("dirichlet") else {}
     return section(kind=kind, **silos, **skew, **extra)
+
+
+@pytest.mark.parametrize(("kind", "layout"), KINDS_AND_LAYOUTS)
+@pytest.mark.parametrize("link", [False, True])
+def test_copies_across_a_declared_split_are_nobodys_training_images(
+    tmp_path: Path, kind: str, layout: Layout, link: bool
+) -> None:
+    """Byte copies and hard links, within a class, from another class and from another domain."""
+    root = tmp_path / "images"
+    place = "{side}/c{label}/d{domain}" if layout == "image_folder" else "d{domain}/{side}/c{label}"
+    files = {
+        (side, label, domain, number): root / place.format(side=side, label=label, domain=domain) / f"{number}.png"
+        for side, count in (("train", 8), ("test", 4))
+        for label in range(4)
+        for domain in range(2)
+        for number in range(count)
+    }
+    for key, path in files.items():
+        write(path, str(key))
+    tested = [path for key, path in files.items() if key[0] == "test"]
+    copies = [root / f"{files['train', number % 4, number % 2, 0].parent}" / f"copy{number}.png" for number in range(9)]
+    for number, copy in enumerate(copies):
+        original = tested[number * 3]
+        os.link(original, copy) if link else shutil.copy(original, copy)
+    with capture_logs() as logs:
+        if layout == "manifest":
+            lines = (
+                f"{path.relative_to(root)},{path.parts[-2]},{path.parts[-3]},{path.parts[-4]}\n"
+                for path in sorted(root.rglob("*.png"))
+            )
+            collection = listed(root, "path,label,split,domain\n" + "".join(lines))
+        else:
+            collection = read(root, layout)
+    warning = "training images are copies of test images; nobody trains on them"
+    assert [(entry["event"], entry["copy_count"]) for entry in logs] == [(warning, 9)]
+    extra = {"novel": "half", **({} if layout == "image_folder" else {"held_out_domain": "d1"})}
+    for values in ({}, extra):
+        partition = deal(collection, wanted(kind, values))
+        held = {
+            split: {
+                (root / collection.items[index].path).read_text()
+                for holding in partition.holdings
+                for index in holding.indices.get(split, ())
+            }
+            for split in Split
+        }
+        assert held[Split.TRAIN]
+        for split in (Split.TEST, Split.BASE, Split.NOVEL, Split.DOMAIN):
+            assert not held[Split.TRAIN] & held[split]
+        assert bool(held[Split.NOVEL]) == bool(values)
+    assert deal(collection, wanted(kind, {})).copy_count == 9
 
 
 # --- layouts -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,78 @@ def test_what_is_possible_is_dealt(data: st.DataObject) -> None:
     collection = data.draw(collections(least=8))
     partition = deal(collection, data.draw(sections(collection, generous=True)))
     check(partition, collection)
+
+
+@given(st.data())
+def test_no_content_is_trained_on_and_evaluated(data: st.DataObject) -> None:
+    """However many copies there are, on whichever side and in whichever class and domain."""
+    drawn = data.draw(collections(least=8))
+    sizes_of_pools = st.sampled_from([2, len(drawn.items), 10 * len(drawn.items)])
+    content = st.integers(0, data.draw(sizes_of_pools)).map(str)
+    some = data.draw(st.lists(st.none() | content, min_size=len(drawn.items), max_size=len(drawn.items)))
+    collection = with_contents(drawn, some)
+    wanted = data.draw(sections(collection, generous=True))
+    try:
+        partition = deal(collection, wanted)
+    except ConfigurationError:
+        event("refused")  # copies may leave a silo without training images
+        return
+    event(wanted.kind)
+    trained, evaluated = set(), {item.content for item in collection.items if item.split is Split.TEST}
+    for holding in partition.holdings:
+        trained |= {collection.items[index].content for index in holding.indices[Split.TRAIN]}
+        for split in set(holding.indices) - {Split.TRAIN}:
+            assert {collection.items[index].content for index in holding.indices[split]} <= evaluated
+    apart = {item.content for item in collection.items if item.label in partition.novel_classes}
+    apart |= {item.content for item in collection.items if held_out(item, wanted)}
+    assert not (trained & (evaluated | apart)) - {None}
+    if wanted.shots is None and wanted.max_train is None:
+        candidates = [
+            item
+            for item in collection.items
+            if item.split is Split.TRAIN and item.label in partition.classes and not held_out(item, wanted)
+        ]
+        assert sum(sizes(partition)) + partition.copy_count == len(candidates), "an image was lost"
+
+
+def with_contents(collection: Collection, contents: Sequence[str | None]) -> Collection:
+    pairs = zip(collection.items, contents, strict=True)
+    return Collection(collection.root, tuple(replace(item, content=content) for item, content in pairs))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, {"train/bee", "train/fox", "val"}),
+        ({"novel": ["fox"]}, {"train/bee", "val"}),
+        ({"held_out_domain": "sketch"}, {"train/fox", "val"}),
+    ],
+    ids=["neither", "novel", "held out"],
+)
+def test_copies_of_what_must_stay_unseen_are_left_out(values: dict[str, Any], expected: set[str]) -> None:
+    """Of a test image always; of a novel class's or the held-out domain's training image where there is one."""
+    domains = ("photo", "sketch")
+    collection = table({"ant": 6, "bee": 2, "fox": 2}, {"ant": 2, "bee": 2, "fox": 2}, domains, held_back=1)
+    same = {
+        "test": ("photo/train/ant/0.png", "sketch/test/ant/0.png"),
+        "train/fox": ("photo/train/ant/1.png", "photo/train/fox/0.png"),
+        "train/bee": ("photo/train/ant/2.png", "sketch/train/bee/0.png"),
+        "val": ("photo/train/ant/3.png", "photo/val/ant/0.png"),
+    }
+    contents = {path: name for name, paths in same.items() for path in paths}
+    copied = with_contents(collection, [contents.get(item.path) for item in collection.items])
+    partition = deal(copied, section(kind="iid", silos=2, **values))
+    trained = {copied.items[index].path for holding in partition.holdings for index in holding.indices[Split.TRAIN]}
+    assert {name for name, (first, _) in same.items() if first in trained} == expected
+    assert partition.copy_count == 4 - len(expected)
+
+
+def test_a_lack_that_copies_cause_is_told_as_such() -> None:
+    collection = even(1, 4, 4)
+    copied = with_contents(collection, ["0", "1", "2", "3"] * 2)
+    words = r"hold 0 training images beside 4 copies of images that nobody may train on, too few"
+    with pytest.raises(ConfigurationError, match=words):
+        deal(copied, section(kind="iid", silos=2))
 
 
 @given(st.data())

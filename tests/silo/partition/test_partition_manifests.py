@@ -81,6 +81,7 @@ def test_the_columns_and_the_record(tmp_path: Path) -> None:
         "collection": {"digest": collection.digest, "items": 28},
         "classes": ["class 000"],
         "novel_classes": ["class 001"],
+        "copies_left_out": 0,
         "silos": {
             silo: {
                 "domain": None,

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,13 @@ def test_a_hundred_silos_fit_on_a_screen() -> None:
     assert "silo-081" in lines[23]
     assert "silo-100" in lines[-2]
     assert lines[-1].split()[:5] == ["100", "silos", "1,000", "200", "10"]
+
+
+def test_copies_that_nobody_got_are_told() -> None:
+    partition = deal(even(1, 4, 2), section(kind="iid", silos=1))
+    assert "copies" not in shown(partition)
+    words = " ".join(shown(replace(partition, copy_count=1234)).split())
+    assert words.endswith("nobody trains on 1,234 copies of images that must stay unseen")
 
 
 def test_markup_in_a_label_is_text() -> None:

@@ -1,4 +1,4 @@
-"""Reads a CSV manifest (path, label, optionally split) as spreadsheets write it: BOM, CRLF, semicolons or tabs."""
+"""Reads a CSV manifest (path, label, perhaps split and domain) as spreadsheets write it: BOM, CRLF, semicolons, tabs."""
 
 import csv
 import io
@@ -12,6 +12,7 @@ from fedrt.errors import ConfigurationError
 from silo.data.records import EVALUATED, SPLIT_NAMES, Entry, Split, find_split
 
 REQUIRED = ("path", "label")
+OPTIONAL = ("split", "domain")
 
 
 class _Row(NamedTuple):
@@ -19,6 +20,7 @@ class _Row(NamedTuple):
     path: str
     label: str
     split: str
+    domain: str
 
 
 def scan_manifest(manifest: Path, root: Path) -> list[Entry]:
@@ -39,7 +41,7 @@ def scan_manifest(manifest: Path, root: Path) -> list[Entry]:
         for earlier, other in seen[path]:
             _check_again(row, split, earlier, other, where)
         seen[path].append((row, split))
-        entries.append(Entry(path, path.relative_to(real_root).as_posix(), row.label, split))
+        entries.append(Entry(path, path.relative_to(real_root).as_posix(), row.label, split, row.domain or None))
     if not entries:
         raise ConfigurationError(f"data.manifest '{manifest}' lists no images; add one line for each image")
     if not any(entry.path.exists() for entry in entries):
@@ -81,7 +83,8 @@ def _rows(manifest: Path) -> Iterator[_Row]:
             for name in REQUIRED:
                 if not values[name]:
                     raise ConfigurationError(f"{where}: the {name} is empty; fill it in or remove the line")
-            yield _Row(reader.line_num, values["path"], values["label"], values.get("split", ""))
+            optional = (values.get(name, "") for name in OPTIONAL)
+            yield _Row(reader.line_num, values["path"], values["label"], *optional)
     except csv.Error as error:
         raise ConfigurationError(f"'{manifest}', line {reader.line_num}: {error}; save it as plain CSV") from error
 
@@ -102,7 +105,7 @@ def _check_header(header: list[str], manifest: Path) -> None:
         if name not in header:
             raise ConfigurationError(
                 f"data.manifest '{manifest}' has no column '{name}'; its first line must name the columns path, label "
-                f"and optionally split, and holds {header}"
+                f"and optionally split and domain, and holds {header}"
             )
     if twice := sorted(name for name in set(header) if name and header.count(name) > 1):
         raise ConfigurationError(f"data.manifest '{manifest}' has two columns '{twice[0]}'; rename one")

@@ -44,12 +44,16 @@ def find_split(name: str) -> Split | None:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image file as it was found; `name` is its path relative to the root, `split` None where none is declared."""
+    """One image file as it was found; `name` is its path relative to the root.
+
+    `split` and `domain` are None where none is declared. A silo takes no notice of domains, a partition does.
+    """
 
     path: Path
     name: str
     label: str
     split: Split | None
+    domain: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

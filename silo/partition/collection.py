@@ -1,15 +1,13 @@
 """A data set as a table: every image with its label, side and domain, read from folders or a CSV manifest."""
 
-import csv
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Literal, Self
 
 import structlog
 from pydantic import Field, model_validator
@@ -63,7 +61,7 @@ class Collection:
                 )
         without = next((item for item in self.items if item.domain is None), None)
         if without and any(item.domain is not None for item in self.items):
-            raise ConfigurationError(f"'{without.path}' has no domain, but others have; give it one")
+            raise ConfigurationError(f"'{without.path}' has no domain, but others have; give every image one or none")
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -125,11 +123,6 @@ class CollectionSection(Section):
         return self
 
 
-class _Found(NamedTuple):
-    entry: Entry
-    domain: str | None
-
-
 def read_collection(section: CollectionSection) -> Collection:
     """Every image of the data set, sorted by path. Blocks: it reads up to 64 KiB of each file, and copies whole.
 
@@ -142,21 +135,20 @@ def read_collection(section: CollectionSection) -> Collection:
         missing = "is not a directory" if root.exists() else "does not exist"
         raise ConfigurationError(f"data.root '{root}' {missing}; set it to the folder that holds the images")
     if section.manifest is not None:
-        found = _listed(section.manifest, root)
+        entries = scan_manifest(section.manifest, root)
     elif section.layout == "domain_folder":
-        found = list(_domain_folders(root))
+        entries = list(_domain_folders(root))
     else:
-        found = [_Found(entry, None) for entry in scan_folder(root).entries]
-    found = _distinct(found)
-    _check_names(found)
-    entries = [each.entry for each in found]
+        entries = scan_folder(root).entries
+    entries = _distinct(entries)
+    _check_names(entries)
     paths = [entry.path for entry in entries]
     prints = fingerprints(paths)
     made = split_by_fingerprint(entries, prints, section.test_share) if entries[0].split is None else {}
     names = renamed({entry.label for entry in entries}, section.class_names)
     items = [
-        Item(entry.name, names[entry.label], _side(entry.split or made[entry.name]), domain, content)
-        for (entry, domain), content in zip(found, identities(paths, prints), strict=True)
+        Item(entry.name, names[entry.label], _side(entry.split or made[entry.name]), entry.domain, content)
+        for entry, content in zip(entries, identities(paths, prints), strict=True)
     ]
     collection = Collection(root, tuple(sorted(items, key=lambda item: item.path)))
     if copy_count := sum(item.split is Split.TRAIN and item.content in collection.test_contents for item in items):
@@ -170,7 +162,7 @@ def _side(split: Split) -> Split | None:
     return _SIDES.get(split, split)
 
 
-def _domain_folders(root: Path) -> Iterable[_Found]:
+def _domain_folders(root: Path) -> Iterable[Entry]:
     declared: dict[bool, str] = {}
     for directory in _directories(root):
         if directory.is_symlink():
@@ -183,7 +175,7 @@ def _domain_folders(root: Path) -> Iterable[_Found]:
         entries = scan_folder(directory).entries
         declared.setdefault(entries[0].split is not None, directory.name)
         for entry in entries:
-            yield _Found(Entry(entry.path, f"{directory.name}/{entry.name}", entry.label, entry.split), directory.name)
+            yield replace(entry, name=f"{directory.name}/{entry.name}", domain=directory.name)
     if not declared:
         raise ConfigurationError(f"data.root '{root}' holds no directories; lay it out as <domain>/<class>/<image>")
     if len(declared) == 2:
@@ -202,53 +194,24 @@ def _directories(root: Path) -> list[Path]:
         ) from error
 
 
-def _listed(manifest: Path, root: Path) -> list[_Found]:
-    entries = scan_manifest(manifest, root)
-    domains = _domain_column(manifest) or [None] * len(entries)
-    return [_Found(entry, domain) for entry, domain in zip(entries, domains, strict=True)]
-
-
-def _domain_column(manifest: Path) -> Sequence[str | None]:
-    """The column `domain` of a manifest that `scan_manifest` has accepted, by image; empty if there is none."""
-    text = manifest.read_bytes().decode("utf-8-sig")
-    delimiter = next((mark for mark in ",;\t" if mark in text.partition("\n")[0]), ",")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header = [name.strip().casefold() for name in next(reader)]
-    if "domain" not in header:
-        return []
-    column = header.index("domain")
-    domains = []
-    for fields in reader:
-        if not any(value.strip() for value in fields):
-            continue
-        if not (domain := fields[column].strip()):
-            raise ConfigurationError(
-                f"'{manifest}', line {reader.line_num}: the domain is empty; "
-                "name one in every line or remove the column"
-            )
-        domains.append(domain)
-    return domains
-
-
-def _distinct(found: Sequence[_Found]) -> list[_Found]:
+def _distinct(entries: Sequence[Entry]) -> list[Entry]:
     """Without further names of a file that links within the root show twice: a manifest lists a file once."""
-    by_file: dict[Path, _Found] = {}
-    for each in sorted(found, key=lambda each: each.entry.name):
-        entry = each.entry
+    by_file: dict[Path, Entry] = {}
+    for entry in sorted(entries, key=lambda entry: entry.name):
         file = entry.path.resolve() if entry.path.is_symlink() else entry.path
-        first = by_file.setdefault(file, each)
-        if (first.entry.label, first.entry.split, first.domain) != (entry.label, entry.split, each.domain):
+        first = by_file.setdefault(file, entry)
+        if (first.label, first.split, first.domain) != (entry.label, entry.split, entry.domain):
             raise ConfigurationError(
-                f"'{first.entry.name}' and '{entry.name}' are links to one file, but differ in class, split or domain; "
+                f"'{first.name}' and '{entry.name}' are links to one file, but differ in class, split or domain; "
                 "keep one of the two"
             )
     return list(by_file.values())
 
 
-def _check_names(found: Sequence[_Found]) -> None:
+def _check_names(entries: Sequence[Entry]) -> None:
     """A manifest is UTF-8, and spaces around its values mean nothing."""
-    for entry, domain in found:
-        for text in (entry.name, entry.label, domain or ""):
+    for entry in entries:
+        for text in (entry.name, entry.label, entry.domain or ""):
             if text != text.strip():
                 raise ConfigurationError(f"the name {text!r} begins or ends with white space; rename it")
             if not text.isascii() and text.encode(errors="replace").decode() != text:

@@ -21,6 +21,7 @@ from silo.data import Split, index
 from silo.data.images import UnreadableImage, check_header, read_image
 from silo.data.indexing import fingerprint, identities, split_by_content
 from silo.data.labels import match_classes, normalise, renamed
+from silo.data.manifest import scan_manifest
 from silo.data.records import Entry
 from silo.sources import DataSource
 
@@ -221,6 +222,14 @@ def test_a_manifest_with_splits(images: Path) -> None:
 def test_a_manifest_as_spreadsheets_write_it(images: Path, text: str | bytes) -> None:
     found = index(manifest(images, text))
     assert [(record.name, record.label) for record in found.records] == [("a.png", "cat"), ("b.png", "dog")]
+
+
+def test_a_silo_takes_no_notice_of_domains(images: Path) -> None:
+    source = manifest(images, "domain,label,path\n photo ,cat,a.png\n,dog,b.png\n")
+    assert source.manifest is not None
+    entries = scan_manifest(source.manifest, images)
+    assert [(entry.name, entry.domain) for entry in entries] == [("a.png", "photo"), ("b.png", None)]
+    assert [record.name for record in index(source).records] == ["a.png", "b.png"]
 
 
 def test_paths_are_relative_to_the_root_or_to_the_manifest(images: Path) -> None:

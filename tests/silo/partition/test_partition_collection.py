@@ -200,6 +200,13 @@ def test_a_manifest_may_name_split_and_domain(tmp_path: Path) -> None:
     assert collection.labels == ("cat",)
 
 
+def test_an_empty_column_of_domains_is_none(tmp_path: Path) -> None:
+    for name in "ab":
+        write(tmp_path / f"{name}.png", name)
+    collection = listed(tmp_path, "path,label,split,domain\na.png,cat,train, \nb.png,cat,test,\n")
+    assert collection.domains == ()
+
+
 def test_class_names_bring_domains_together(tmp_path: Path) -> None:
     for number in range(4):
         write(tmp_path / "photo" / "back_pack" / f"{number}.png", f"p{number}")
@@ -310,14 +317,14 @@ def test_a_folder_without_domains_says_what_to_change(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("path,label,domain\na.png,cat,photo\nb.png,cat,\n", r"list\.csv', line 3: the domain is empty; name one"),
+        ("path,label,domain\na.png,cat,photo\nb.png,cat,\n", r"'b\.png' has no domain, but others have; give every"),
         ("path,label,split\na.png,cat,train\nb.png,cat,base\n", "'b.png' is declared for the split 'base'"),
         ("path,label,split\na.png,cat,train\nb.png,cat,perhaps\n", "line 3: the split 'perhaps' is unknown"),
         ("path,label,split\na.png,cat,val\n", "holds no training and no test images"),
         ("path,lable\na.png,cat\n", "has no column 'label'"),
     ],
 )  # fmt: skip
-def test_a_wrong_manifest_names_the_line(tmp_path: Path, text: str, words: str) -> None:
+def test_a_wrong_manifest_names_the_line_or_the_file(tmp_path: Path, text: str, words: str) -> None:
     for name in "ab":
         write(tmp_path / f"{name}.png", name)
     with pytest.raises(ConfigurationError, match=words):

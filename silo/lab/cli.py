@@ -26,13 +26,16 @@ def run(
     only: Annotated[
         list[str] | None, typer.Option(help="Only these cells, as setting/method or setting; may be repeated.")
     ] = None,
+    again: Annotated[
+        list[str] | None, typer.Option(help="Run these cells anew though they are finished; as --only.")
+    ] = None,
 ) -> None:
     """Run what is not finished yet, then write results.csv, summary.md and figures. Ctrl-C ends it; run it again."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python imports, Ctrl-C just ends it
     prepare_grpc()
     from silo.lab.perform import Order, perform  # noqa: PLC0415
 
-    raise typer.Exit(perform(Order(file, jobs, tuple(only or ()))))
+    raise typer.Exit(perform(Order(file, jobs, tuple(only or ()), tuple(again or ()))))
 
 
 @app.command()

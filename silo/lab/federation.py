@@ -5,6 +5,8 @@ in the same experiment. A daemon that dies is started again once in a cell; the 
 """
 
 import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import fedrt
 from fedrt.admin_client import AdminClient, LocalSocket, connect
@@ -15,6 +17,7 @@ from fedrt.experiment_file import experiment_file, experiment_spec
 from fedrt.spec import ExperimentSpec
 from silo.demo.directory import free_port
 from silo.demo.processes import DemoError, Processes, script
+from silo.lab.attempts import attempt_at, read_attempt, write_attempt
 from silo.lab.grid import Cell, Dealt, FederationPlan, experiment_of
 from silo.lab.progress import CellAudience, Progress
 from silo.lab.records import FORMAT, CellRecord, rounds_of, write_cell
@@ -30,17 +33,25 @@ class CellFailed(FedrtError):
     """An experiment did not end as planned; the message is the coordinator's."""
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a federation works on: images, what each silo got of them, weights by digest, and the methods' code."""
+
+    images: CollectionSection
+    dealt: Dealt
+    weights: str
+    method_digests: Mapping[str, str]  # by the name of a method
+
+
 class Federation:
     """One setting with one seed. `run` ends with no process left."""
 
-    def __init__(
-        self, lab: LabFile, plan: FederationPlan, dealt: Dealt, images: CollectionSection, weights: str
-    ) -> None:
+    def __init__(self, lab: LabFile, plan: FederationPlan, given: Given) -> None:
         self._lab = lab
         self._plan = plan
-        self._dealt = dealt
-        self._images = images
-        self._weights = weights
+        self._given = given
+        self._dealt = given.dealt
+        self._weights = given.weights
         self._was_ready = False
 
     async def run(self, progress: Progress) -> None:
@@ -74,7 +85,7 @@ class Federation:
                 while waiting:
                     progress.works(self._plan, waiting[0])
                     try:
-                        await processes.guarding(self._cell(client, waiting[0], progress))
+                        await processes.guarding(self._cell(client, place, waiting[0], progress))
                     except CellFailed as error:
                         progress.fails(waiting[0], str(error))
                     waiting.pop(0)
@@ -82,7 +93,7 @@ class Federation:
     async def _start(self, processes: Processes, place: Workplace, progress: Progress) -> None:
         progress.says(self._plan, "makes certificates")
         await asyncio.to_thread(write_certificates, place, self._dealt)
-        await asyncio.to_thread(write_daemon_files, place, self._lab, self._plan, self._images, free_port())
+        await asyncio.to_thread(write_daemon_files, place, self._lab, self._plan, self._given.images, free_port())
         progress.says(self._plan, "starts its daemons")
         coordinator, host = str(place.yaml("coordinator")), str(place.yaml("host"))
         await processes.start("coordinator", script("fedrt-coordinator"), "run", "--config", coordinator)
@@ -97,12 +108,12 @@ class Federation:
                 if wait == READY_WAITS - 1:
                     raise
 
-    async def _cell(self, client: AdminClient, cell: Cell, progress: Progress) -> None:
+    async def _cell(self, client: AdminClient, place: Workplace, cell: Cell, progress: Progress) -> None:
         """Run one experiment to its end and write the cell. Raises `CellFailed`."""
         file = experiment_of(cell, self._plan.partition, self._dealt, self._lab.model.architecture, self._weights)
         try:
             spec = experiment_spec(file)
-            experiment_id = await _choose(client, cell)
+            experiment_id = await self._choose(client, place, cell)
             await client.create(experiment_id, spec)
             state = await follow(client, experiment_id, CellAudience(progress, self._plan))
         except FedrtError as error:
@@ -125,28 +136,22 @@ class Federation:
             holdings=self._dealt.holdings,
             experiment=experiment_file(experiment_id, spec).model_dump(mode="json"),
             wall_seconds=round(sum(closed.duration for closed in state.rounds), 3),
+            method_digest=self._given.method_digests[cell.method.name],
             software=fedrt.__version__,
             rounds=rounds_of(state),
         )
 
+    async def _choose(self, client: AdminClient, place: Workplace, cell: Cell) -> str:
+        """The name of the cell's experiment, noted on disk: that of the one under way or done, else a new one.
 
-async def _choose(client: AdminClient, cell: Cell) -> str:
-    """The name of the cell's experiment: that of the one under way or done, else a new one.
-
-    One that has failed or was cancelled is not tried again under its name. Others that are under way are cancelled:
-    they belong to cells that failed or that lab.yaml no longer has.
-    """
-    standing = {found.experiment_id: state_name(found.state) for found in await client.list_all()}
-    for experiment_id, state in standing.items():
-        if state not in ENDED and not _belongs(experiment_id, cell):
-            await client.cancel(experiment_id)
-    name, attempt = cell.cell_id, 1
-    while standing.get(name) in {"failed", "cancelled"}:
-        attempt += 1
-        name = f"{cell.cell_id}-{attempt}"
-    return name
-
-
-def _belongs(experiment_id: str, cell: Cell) -> bool:
-    suffix = experiment_id.removeprefix(cell.cell_id)
-    return experiment_id.startswith(cell.cell_id) and (not suffix or suffix[1:].isdigit())
+        Others that are under way are cancelled: they belong to cells that failed or that lab.yaml no longer has.
+        """
+        standing = {found.experiment_id: state_name(found.state) for found in await client.list_all()}
+        last = await asyncio.to_thread(read_attempt, place.root, cell.cell_id)
+        attempt = attempt_at(cell, standing, last, self._given.method_digests[cell.method.name])
+        for experiment_id, state in standing.items():
+            if state not in ENDED and experiment_id != attempt.experiment:
+                await client.cancel(experiment_id)
+        if attempt != last:
+            await asyncio.to_thread(write_attempt, place.root, cell.cell_id, attempt)
+        return attempt.experiment

@@ -94,10 +94,12 @@ def expand(lab: LabFile, origin: Path) -> tuple[FederationPlan, ...]:
     )
 
 
-def chosen(plans: Sequence[FederationPlan], patterns: Sequence[str]) -> tuple[FederationPlan, ...]:
+def chosen(
+    plans: Sequence[FederationPlan], patterns: Sequence[str], option: str = "--only"
+) -> tuple[FederationPlan, ...]:
     """The plans with those cells that a pattern `setting/method` or `setting` means (*, ? and [] as in file names).
 
-    All of them without a pattern. Raises `ConfigurationError` for a pattern that means no cell.
+    All of them without a pattern. Raises `ConfigurationError` for a pattern that means no cell, and names the option.
     """
     if not patterns:
         return tuple(plans)
@@ -113,7 +115,7 @@ def chosen(plans: Sequence[FederationPlan], patterns: Sequence[str]) -> tuple[Fe
             kept.append(replace(plan, cells=tuple(cells)))
     if unused:
         known = sorted({f"{cell.setting}/{cell.label}" for plan in plans for cell in plan.cells})
-        raise ConfigurationError(f"--only {min(unused)!r} means no cell; there are {', '.join(known)}")
+        raise ConfigurationError(f"{option} {min(unused)!r} means no cell; there are {', '.join(known)}")
     return tuple(kept)
 
 

@@ -15,15 +15,18 @@ from fedrt.errors import ConfigurationError, ExitCode, FedrtError
 from fedrt.locking import DirectoryLock
 from silo.demo.performance import KILLED, SIGNALS, Interrupted
 from silo.demo.processes import Processes
+from silo.lab.attempts import forget_attempts
 from silo.lab.check import checked_plans, dealt_of, weights_sha256
-from silo.lab.federation import Federation
+from silo.lab.federation import Federation, Given
 from silo.lab.figures import check_drawing
-from silo.lab.grid import Dealt, FederationPlan, cells_of, chosen
+from silo.lab.grid import Cell, Dealt, FederationPlan, cells_of, chosen
 from silo.lab.images import data_of, images_of
+from silo.lab.method_code import method_digest
 from silo.lab.progress import Progress
-from silo.lab.records import CellRecord, read_cells
+from silo.lab.records import CellRecord, read_cells, remove_cell
 from silo.lab.report import write_report, write_tables
 from silo.lab.sections import LabData, LabFile, load_lab
+from silo.lab.workplace import workplaces
 from silo.partition.collection import Collection, CollectionSection, read_collection
 from silo.partition.dealing import deal
 
@@ -35,6 +38,7 @@ class Order:
     path: Path
     jobs: int = 1
     only: tuple[str, ...] = ()
+    again: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,21 @@ class Prepared:
     images: Mapping[str, CollectionSection]  # by the name of a plan
     dealt: Mapping[str, Dealt]
     weights: str
+    method_digests: Mapping[str, str]  # by the name of a method
 
-    def is_current(self, plan: FederationPlan, record: CellRecord) -> bool:
-        """Whether a finished cell had these very images and weights."""
-        return (record.partition_digest, record.weights_sha256) == (self.dealt[plan.name].digest, self.weights)
+    def given(self, plan: FederationPlan) -> Given:
+        """What a federation works on."""
+        return Given(self.images[plan.name], self.dealt[plan.name], self.weights, self.method_digests)
+
+    def is_current(self, plan: FederationPlan, cell: Cell, record: CellRecord) -> bool:
+        """Whether a finished cell had these very images and weights, and this code of its method.
+
+        A record that does not tell its method's code is taken for current.
+        """
+        return (record.partition_digest, record.weights_sha256) == (
+            self.dealt[plan.name].digest,
+            self.weights,
+        ) and record.method_digest in ("", self.method_digests[cell.method.name])
 
 
 def perform(order: Order) -> int:
@@ -58,7 +73,9 @@ def perform(order: Order) -> int:
         lab = load_lab(order.path)
         plans = checked_plans(lab, order.path)
         wanted = chosen(plans, order.only)
+        again = chosen(wanted, order.again, "--again") if order.again else ()
         lock = _lock(lab.directory)
+        _forget(lab.directory, again)
         try:
             failed = asyncio.run(_supervise(_run(order, lab, wanted, console)))
         finally:
@@ -84,6 +101,14 @@ def _lock(directory: Path) -> DirectoryLock:
         raise ConfigurationError(
             f"another fedrt-lab runs in '{directory}'; wait for its end, or set another directory"
         ) from None
+
+
+def _forget(directory: Path, plans: Sequence[FederationPlan]) -> None:
+    """Have these cells run anew, in new experiments, however often the run is interrupted. Raises `StorageError`."""
+    for plan in plans:
+        for cell in plan.cells:
+            forget_attempts(workplaces(directory, plan), cell.cell_id)
+            remove_cell(directory, cell)
 
 
 def _finish(console: Console, lab: LabFile, plans: Sequence[FederationPlan]) -> None:
@@ -123,7 +148,7 @@ async def _run(order: Order, lab: LabFile, plans: Sequence[FederationPlan], cons
         for plan in plans
         for cell in plan.cells
         for record in read_cells(lab.directory, [cell]).values()
-        if prepared.is_current(plan, record)
+        if prepared.is_current(plan, cell, record)
     }
     waiting = [
         replace(plan, cells=tuple(cell for cell in plan.cells if cell.cell_id not in finished)) for plan in plans
@@ -134,9 +159,7 @@ async def _run(order: Order, lab: LabFile, plans: Sequence[FederationPlan], cons
 
         async def work() -> None:
             for plan in queue:
-                name = plan.name
-                images, dealt = prepared.images[name], prepared.dealt[name]
-                await Federation(lab, plan, dealt, images, prepared.weights).run(progress)
+                await Federation(lab, plan, prepared.given(plan)).run(progress)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(order.jobs, len(waiting))):
@@ -161,4 +184,6 @@ async def _prepare(order: Order, lab: LabFile, plans: Sequence[FederationPlan]) 
             collections.append((plan.data, collection))
         partition = await asyncio.to_thread(deal, collection, plan.partition, plan.seed)
         images[plan.name], dealt[plan.name] = section, dealt_of(partition)
-    return Prepared(images, dealt, weights)
+    names = {cell.method.name for cell in cells_of(plans)}
+    digests = {name: await asyncio.to_thread(method_digest, name) for name in names}
+    return Prepared(images, dealt, weights, digests)

@@ -55,6 +55,7 @@ class CellRecord(_Part):
     partition_digest: str
     holdings: Mapping[str, Mapping[str, int]]
     experiment: Mapping[str, object]
+    method_digest: str = ""  # of the method's code; records of fedrt-lab's first version do not tell
     wall_seconds: float
     software: str
     rounds: tuple[RoundPart, ...]
@@ -96,8 +97,20 @@ def read_cell(directory: Path, cell: Cell) -> CellRecord | None:
         raise storage_error("read", path, error) from error
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
-        raise DamageError(f"'{path}' is damaged at {place!r}; remove it, and the cell is run again") from None
+        raise DamageError(
+            f"'{path}' is damaged at {place!r}; run the cell anew with --again {cell.setting}/{cell.label}, or remove "
+            "the file, and the next run writes it again"
+        ) from None
     return record if record.digest == cell.digest else None
+
+
+def remove_cell(directory: Path, cell: Cell) -> None:
+    """Remove the cell's file, if there is one. Raises `StorageError`."""
+    path = cell_path(directory, cell)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error("remove", path, error) from error
 
 
 def read_cells(directory: Path, cells: Iterable[Cell]) -> dict[str, CellRecord]:

@@ -48,6 +48,11 @@ class Workplace:
         return self.root / f"{name}.yaml"
 
 
+def workplaces(directory: Path, plan: FederationPlan) -> list[Path]:
+    """Where a setting with a seed has been run: a directory for each division of the images, and weights, it had."""
+    return sorted((directory.absolute() / "work").glob(f"{plan.name}-{'[0-9a-f]' * DIGEST_CHARACTERS}"))
+
+
 def workplace_of(lab: LabFile, plan: FederationPlan, dealt: Dealt, weights: str) -> Workplace:
     """The directory of a federation that works on exactly these images and weights; kept from run to run.
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -188,6 +189,31 @@ def test_a_report_is_written_again_from_what_is_finished(
     assert {name: (lab.results / name).read_bytes() for name in written} == written
     assert len(list(lab.results.glob("figures/*.png"))) == 3
     assert {path: path.stat().st_mtime_ns for path in lab.results.glob("work/**/*.log")} == before
+
+
+def test_a_cell_is_run_anew_when_asked_for_and_only_fetched_where_its_file_is_gone(
+    undisturbed: tuple[Lab, subprocess.CompletedProcess[str]],
+) -> None:
+    lab, _ = undisturbed
+    before = lab.cells()["drawn-promptfl-s1"]
+    (path,) = lab.results.glob("cells/drawn-promptfl-s1-*.json")
+
+    def run(*arguments: str) -> dict[str, Any]:
+        assert lab.call("run", "--only", "drawn/promptfl", *arguments).returncode == 0
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        return found
+
+    path.unlink()
+    assert run() == before
+    path.write_text("damaged")
+    anew = run("--again", "drawn/promptfl")
+    assert anew["experiment"]["experiment"] == f"{path.stem}-2"
+    path.write_text(json.dumps(anew | {"method_digest": "of other code"}))
+    assert run() == anew, "the experiment was run with the code of now"
+    (attempt,) = lab.results.glob(f"work/drawn-s1-*/attempts/{path.name}")
+    attempt.write_text(json.dumps(json.loads(attempt.read_bytes()) | {"method_digest": "of other code"}))
+    path.write_text(json.dumps(anew | {"method_digest": "of other code"}))
+    assert run()["experiment"]["experiment"] == f"{path.stem}-3"
 
 
 async def trained(socket: Path, name: str) -> list[float]:

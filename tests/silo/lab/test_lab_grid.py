@@ -137,6 +137,8 @@ def test_only_some_cells(tmp_path: Path) -> None:
     assert [len(plan.cells) for plan in chosen(plans, ("iid",))] == [2, 2]
     with pytest.raises(ConfigurationError, match=r"--only 'iid/promtfl' means no cell; there are iid/promptfl, iid/"):
         chosen(plans, ("iid/zeroshot", "iid/promtfl"))
+    with pytest.raises(ConfigurationError, match="--again 'idd' means no cell"):
+        chosen(plans, ("idd",), "--again")
 
 
 def test_overlaying_changes_no_section_in_place(tmp_path: Path) -> None:

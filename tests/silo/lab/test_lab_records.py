@@ -103,5 +103,7 @@ def test_a_damaged_cell_is_named_with_what_to_do(tmp_path: Path, text: str) -> N
     path = cell_path(tmp_path, cell)
     path.parent.mkdir()
     path.write_text(text)
-    with pytest.raises(DamageError, match=rf"{cell.cell_id}\.json' is damaged at .*; remove it"):
+    with pytest.raises(
+        DamageError, match=rf"{cell.cell_id}\.json' is damaged at .*; run the cell anew with --again iid/zeroshot"
+    ):
         read_cell(tmp_path, cell)

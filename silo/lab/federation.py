@@ -17,7 +17,7 @@ from fedrt.experiment_file import experiment_file, experiment_spec
 from fedrt.spec import ExperimentSpec
 from silo.demo.directory import free_port
 from silo.demo.processes import DemoError, Processes, script
-from silo.lab.attempts import attempt_at, read_attempt, write_attempt
+from silo.lab.attempts import attempt_at, forget_attempts, read_attempt, write_attempt
 from silo.lab.grid import Cell, Dealt, FederationPlan, experiment_of
 from silo.lab.progress import CellAudience, Progress
 from silo.lab.records import FORMAT, CellRecord, rounds_of, write_cell
@@ -121,6 +121,9 @@ class Federation:
         if not state.succeeded:
             raise CellFailed(f"experiment {experiment_id!r} ended as {state.state}: {state.message}")
         record = self._record(cell, experiment_id, spec, state)
+        if reasons := record.unmeasured():
+            await asyncio.to_thread(forget_attempts, [place.root], cell.cell_id)
+            raise CellFailed(_without(experiment_id, reasons, len(self._dealt.holdings)))
         await asyncio.to_thread(write_cell, self._lab.directory, cell, record)
         progress.finishes(cell, record)
 
@@ -155,3 +158,12 @@ class Federation:
         if attempt != last:
             await asyncio.to_thread(write_attempt, place.root, cell.cell_id, attempt)
         return attempt.experiment
+
+
+def _without(experiment_id: str, reasons: Mapping[str, str], silos: int) -> str:
+    """That silos were not measured, in a sentence; `reasons` tells why, by silo."""
+    silo, reason = next(iter(reasons.items()))
+    return (
+        f"experiment {experiment_id!r} lacks {len(reasons)} of {silos} silos in its last evaluation "
+        f"({silo}: {reason}); the next run tries the cell again"
+    )

@@ -55,14 +55,13 @@ class Prepared:
         return Given(self.images[plan.name], self.dealt[plan.name], self.weights, self.method_digests)
 
     def is_current(self, plan: FederationPlan, cell: Cell, record: CellRecord) -> bool:
-        """Whether a finished cell had these very images and weights, and this code of its method.
+        """Whether a finished cell had these very images and weights, this code of its method, and lacks no silo.
 
         A record that does not tell its method's code is taken for current.
         """
-        return (record.partition_digest, record.weights_sha256) == (
-            self.dealt[plan.name].digest,
-            self.weights,
-        ) and record.method_digest in ("", self.method_digests[cell.method.name])
+        had, has = (record.partition_digest, record.weights_sha256), (self.dealt[plan.name].digest, self.weights)
+        same_code = record.method_digest in ("", self.method_digests[cell.method.name])
+        return had == has and same_code and not record.unmeasured()
 
 
 def perform(order: Order) -> int:

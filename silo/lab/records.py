@@ -11,9 +11,12 @@ from fedrt.ctl_json import round_json
 from fedrt.ctl_progress import WatchState
 from fedrt.errors import DamageError
 from fedrt.statefile import storage_error, write_atomic
+from fedrt.task import TaskKind
+from silo.data.records import Split
 from silo.lab.grid import Cell
 
 FORMAT = "fedrt-lab-cell-1"
+_TEST = Split.TEST.value
 
 
 class _Part(Section):
@@ -63,6 +66,18 @@ class CellRecord(_Part):
     def of_task(self, task: str) -> tuple[RoundPart, ...]:
         """The rounds of this task that succeeded, oldest first."""
         return tuple(part for part in self.rounds if part.task == task and part.succeeded)
+
+    def unmeasured(self) -> dict[str, str]:
+        """The silos without a result in the last evaluation, and why; one that holds no test images has none to give.
+
+        All of them if nothing was evaluated, or not after the last round of training.
+        """
+        measured = [part for part in self.rounds if part.task == TaskKind.EVALUATE.value]
+        last = measured[-1] if measured else None
+        wanted = [silo for silo, held in self.holdings.items() if held.get(_TEST) != 0]
+        if last is None or not last.succeeded or last.round < max(part.round for part in self.rounds):
+            return dict.fromkeys(wanted, "it was not evaluated after the last round")
+        return {silo: last.absent.get(silo, "it was not asked") for silo in wanted if silo not in last.silos}
 
 
 def rounds_of(state: WatchState) -> tuple[RoundPart, ...]:

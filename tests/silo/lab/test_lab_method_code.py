@@ -89,7 +89,7 @@ def test_every_built_in_method_has_two_halves_and_a_digest_of_its_own() -> None:
         ({"partition_digest": "of other images"}, False),
     ],
 )
-def test_a_cell_is_current_with_the_same_images_weights_and_code(
+def test_a_cell_is_current_only_with_the_same_images_weights_and_code(
     tmp_path: Path, changed: dict[str, str], is_current: bool
 ) -> None:
     _, (plan, *_) = lab_samples.read(tmp_path)
@@ -98,3 +98,11 @@ def test_a_cell_is_current_with_the_same_images_weights_and_code(
     prepared = Prepared({}, dealt, "ab" * 32, {"promptfl": "cd" * 32})
     measured = {"silo-01": {"accuracy": 0.5}, "silo-02": {"accuracy": 0.5}}
     assert prepared.is_current(plan, cell, record(cell, evaluation(4, measured), **changed)) == is_current
+
+
+def test_a_cell_that_lacks_a_silo_is_not_current(tmp_path: Path) -> None:
+    _, (plan, *_) = lab_samples.read(tmp_path)
+    cell = plan.cells[1]
+    dealt = {plan.name: Dealt((), (), {}, f"{cell.setting} {cell.seed}")}
+    found = record(cell, evaluation(4, {"silo-01": {"accuracy": 0.5}}))
+    assert not Prepared({}, dealt, "ab" * 32, {"promptfl": "cd" * 32}).is_current(plan, cell, found)

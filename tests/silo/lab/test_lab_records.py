@@ -107,3 +107,18 @@ def test_a_damaged_cell_is_named_with_what_to_do(tmp_path: Path, text: str) -> N
         DamageError, match=rf"{cell.cell_id}\.json' is damaged at .*; run the cell anew with --again iid/zeroshot"
     ):
         read_cell(tmp_path, cell)
+
+
+def test_the_silos_that_were_not_measured_in_the_end(tmp_path: Path) -> None:
+    cell = lab_samples.cells(tmp_path)[1]
+    both, one = ({silo: {"accuracy": 0.5} for silo in silos} for silos in (("silo-01", "silo-02"), ("silo-01",)))
+    lacking = evaluation(1, one).model_copy(update={"absent": {"silo-02": "not connected"}})
+    assert record(cell, lacking, closed(2, "train", both), evaluation(2, both)).unmeasured() == {}
+    assert record(cell, evaluation(0, both), closed(1, "train", both), lacking).unmeasured() == {
+        "silo-02": "not connected"
+    }
+    never = dict.fromkeys(("silo-01", "silo-02"), "it was not evaluated after the last round")
+    assert record(cell, evaluation(0, both), closed(1, "train", both)).unmeasured() == never
+    assert record(cell).unmeasured() == never
+    nothing_to_measure = {"silo-01": {"train": 4, "test": 4}, "silo-02": {"train": 4, "test": 0}}
+    assert record(cell, lacking, holdings=nothing_to_measure).unmeasured() == {}

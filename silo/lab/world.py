@@ -2,6 +2,7 @@
 
 import difflib
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -110,16 +111,31 @@ def planned_collection(section: WorldSection, root: Path) -> Collection:
 
 
 def draw_world(section: WorldSection, root: Path) -> None:
-    """Write `root/<scanner>/{train,test}/<class>/*.png`; what an interrupted run has left of a scanner is replaced."""
+    """Write `root/<scanner>/{train,test}/<class>/*.png`; a scanner that lacks an image is drawn again."""
     from silo.embedded.datasets import Split as Part  # noqa: PLC0415  # needs Pillow
     from silo.embedded.datasets import write_world_folder  # noqa: PLC0415
 
     pairs = pairs_of(section.classes)
     for scanner in section.scanners:
         finished, unfinished = root / scanner, root / f".{scanner}.new"
-        if finished.is_dir():
+        if _is_drawn(section, scanner, root):
             continue
         shutil.rmtree(unfinished, ignore_errors=True)
         for part, count in ((Part.TRAIN, section.train_images), (Part.TEST, section.test_images)):
             write_world_folder(unfinished, scanner, dict.fromkeys(pairs, count), part, section.seed)
+        shutil.rmtree(finished, ignore_errors=True)
         unfinished.rename(finished)
+
+
+def _is_drawn(section: WorldSection, scanner: str, root: Path) -> bool:
+    """Whether exactly the planned images of a scanner are there, none of them empty."""
+    counts = {Split.TRAIN: section.train_images, Split.TEST: section.test_images}
+    planned = {
+        (split.value, pair.class_name): count for split, count in counts.items() for pair in pairs_of(section.classes)
+    }
+    found = Counter(
+        path.relative_to(root / scanner).parent.parts
+        for path in (root / scanner).glob("*/*/*.png")
+        if path.stat().st_size > 0
+    )
+    return found == planned

@@ -1,5 +1,6 @@
 """Drawn scenes as a lab's data: what is drawn is what was foreseen, once."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -60,6 +61,29 @@ def test_scenes_are_drawn_once_and_what_was_interrupted_is_drawn_again(tmp_path:
     assert after[half] > before[half]
     assert all(after[path] == before[path] for path in before if path.is_relative_to(root / "tinted"))
     assert not (root / ".coarse.new").exists()
+
+
+@pytest.mark.parametrize("damage", ["an image", "an empty image", "a class", "a split", "one too many"])
+def test_a_scanner_that_lacks_an_image_is_drawn_again(tmp_path: Path, damage: str) -> None:
+    lab, _ = lab_samples.read(tmp_path)
+    (root,) = prepare(lab)
+    before = {path: path.read_bytes() for path in root.rglob("*.png")}
+    untouched = {path: path.stat().st_mtime_ns for path in before if path.is_relative_to(root / "tinted")}
+    image = min(path for path in before if path.is_relative_to(root / "coarse"))
+    match damage:
+        case "an image":
+            image.unlink()
+        case "an empty image":
+            image.write_bytes(b"")
+        case "a class":
+            shutil.rmtree(image.parent)
+        case "a split":
+            shutil.rmtree(image.parent.parent)
+        case _:
+            shutil.copy(image, image.with_name("copy.png"))
+    list(prepare(lab))
+    assert {path: path.read_bytes() for path in root.rglob("*.png")} == before
+    assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
 
 
 def test_other_scenes_lie_elsewhere(tmp_path: Path) -> None:

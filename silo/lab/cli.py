@@ -54,6 +54,7 @@ def check(file: File) -> None:
 @app.command("report")
 def report_(file: File) -> None:
     """Write tables and figures again from what is finished; nothing is run."""
+    from silo.lab.directory import claim  # noqa: PLC0415
     from silo.lab.grid import cells_of, expand  # noqa: PLC0415
     from silo.lab.records import read_cells  # noqa: PLC0415
     from silo.lab.report import write_report  # noqa: PLC0415
@@ -61,6 +62,7 @@ def report_(file: File) -> None:
 
     lab = load_lab(file)
     plans = expand(lab, file.absolute().parent)
+    claim(lab)
     written, complaints = write_report(lab, plans, read_cells(lab.directory, cells_of(plans)))
     for line in [*complaints, *written]:
         typer.echo(line)

@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from fedrt.daemon import report
-from fedrt.errors import ConfigurationError, ExitCode, FedrtError
-from fedrt.locking import DirectoryLock
+from fedrt.errors import ExitCode, FedrtError
 from silo.demo.performance import KILLED, SIGNALS, Interrupted
 from silo.demo.processes import Processes
 from silo.lab.attempts import forget_attempts
 from silo.lab.check import checked_plans, dealt_of, weights_sha256
+from silo.lab.directory import claim, locked
 from silo.lab.federation import Federation, Given
 from silo.lab.figures import check_drawing
 from silo.lab.grid import Cell, Dealt, FederationPlan, cells_of, chosen
@@ -73,7 +73,8 @@ def perform(order: Order) -> int:
         plans = checked_plans(lab, order.path)
         wanted = chosen(plans, order.only)
         again = chosen(wanted, order.again, "--again") if order.again else ()
-        lock = _lock(lab.directory)
+        claim(lab)
+        lock = locked(lab.directory)
         _forget(lab.directory, again)
         try:
             failed = asyncio.run(_supervise(_run(order, lab, wanted, console)))
@@ -91,15 +92,6 @@ def perform(order: Order) -> int:
         if cell.cell_id in failed:
             print(f"error: cell {cell.cell_id!r} failed: {failed[cell.cell_id]}", file=sys.stderr)  # noqa: T201
     return ExitCode.INTERNAL if failed else ExitCode.DONE
-
-
-def _lock(directory: Path) -> DirectoryLock:
-    try:
-        return DirectoryLock(directory.absolute())
-    except ConfigurationError:
-        raise ConfigurationError(
-            f"another fedrt-lab runs in '{directory}'; wait for its end, or set another directory"
-        ) from None
 
 
 def _forget(directory: Path, plans: Sequence[FederationPlan]) -> None:

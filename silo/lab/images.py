@@ -1,10 +1,10 @@
-"""Brings a lab's images onto disk, once: `python -m silo.lab.images lab.yaml` draws scenes, exports torchvision's.
+"""Brings a lab's images onto disk, once: `python -m silo.lab.images lab.yaml SETTING...` draws and exports them.
 
 A program of its own, so that the lab can be interrupted meanwhile. A folder that lab.yaml names is used as it is.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from fedrt.daemon import report
@@ -12,16 +12,18 @@ from fedrt.errors import ConfigurationError, FedrtError
 from silo.lab.grid import digest_of
 from silo.lab.sections import DIGEST_CHARACTERS, LabData, LabFile, load_lab
 from silo.lab.world import WorldSection, draw_world, planned_collection
-from silo.partition.collection import Collection, CollectionSection, read_collection
+from silo.partition.collection import Collection as ImageCollection
+from silo.partition.collection import CollectionSection, read_collection
 from silo.partition.torchvision_sets import export_torchvision
 
 
-def data_of(lab: LabFile) -> tuple[LabData, ...]:
-    """The data that the settings use, each once, in order."""
+def data_of(lab: LabFile, settings: Collection[str] | None = None) -> tuple[LabData, ...]:
+    """The data that the settings use, each once, in order; of all settings if none are named."""
     used: list[LabData] = []
-    for setting in lab.settings.values():
+    for name, setting in lab.settings.items():
         data = setting.data or lab.data
-        if data is not None and data not in used:
+        is_wanted = settings is None or name in settings
+        if is_wanted and data is not None and data not in used:
             used.append(data)
     return tuple(used)
 
@@ -37,7 +39,7 @@ def images_of(data: LabData, directory: Path) -> CollectionSection:
     return data.folder(directory / "images" / data.torchvision.lower(), "image_folder")
 
 
-def foreseen_collection(data: LabData, directory: Path) -> Collection | None:
+def foreseen_collection(data: LabData, directory: Path) -> ImageCollection | None:
     """The data set as far as it is known before a run: None for one of torchvision that is not exported yet.
 
     Raises `ConfigurationError` if a folder is not there, or holds no data set.
@@ -54,9 +56,9 @@ def foreseen_collection(data: LabData, directory: Path) -> Collection | None:
     return read_collection(section)
 
 
-def prepare(lab: LabFile) -> Iterator[Path]:
-    """Draw and export what is missing, and give every directory of images. Raises `FedrtError`."""
-    for data in data_of(lab):
+def prepare(lab: LabFile, settings: Collection[str] | None = None) -> Iterator[Path]:
+    """Draw and export what is missing for these settings, and give every directory of images. Raises `FedrtError`."""
+    for data in data_of(lab, settings):
         root = images_of(data, lab.directory).root
         if data.world is not None:
             _draw(data.world, root)
@@ -73,9 +75,9 @@ def _draw(world: WorldSection, root: Path) -> None:
 
 
 def main() -> int:
-    """Prepare the images of the lab.yaml that the first argument names; the exit code."""
+    """Prepare images of the lab.yaml that the first argument names, for the settings that follow; the exit code."""
     try:
-        for _ in prepare(load_lab(Path(sys.argv[1]))):
+        for _ in prepare(load_lab(Path(sys.argv[1])), sys.argv[2:]):
             pass
     except FedrtError as error:
         return report(error)

@@ -19,7 +19,7 @@ from silo.lab.check import checked_plans, dealt_of, weights_sha256
 from silo.lab.directory import claim, locked
 from silo.lab.federation import Federation, Given
 from silo.lab.figures import check_drawing
-from silo.lab.grid import Cell, Dealt, FederationPlan, cells_of, chosen
+from silo.lab.grid import Cell, Dealt, FederationPlan, cells_of, chosen, expand
 from silo.lab.images import data_of, images_of
 from silo.lab.method_code import method_digest
 from silo.lab.progress import Progress
@@ -70,8 +70,7 @@ def perform(order: Order) -> int:
     try:
         check_drawing()
         lab = load_lab(order.path)
-        plans = checked_plans(lab, order.path)
-        wanted = chosen(plans, order.only)
+        plans, wanted = plans_of(lab, order)
         again = chosen(wanted, order.again, "--again") if order.again else ()
         claim(lab)
         lock = locked(lab.directory)
@@ -92,6 +91,21 @@ def perform(order: Order) -> int:
         if cell.cell_id in failed:
             print(f"error: cell {cell.cell_id!r} failed: {failed[cell.cell_id]}", file=sys.stderr)  # noqa: T201
     return ExitCode.INTERNAL if failed else ExitCode.DONE
+
+
+def plans_of(lab: LabFile, order: Order) -> tuple[Sequence[FederationPlan], Sequence[FederationPlan]]:
+    """The lab's whole grid, and what of it is asked for; only that, and the data that it needs, is looked at.
+
+    Raises `FedrtError`.
+    """
+    if not order.only:
+        plans = checked_plans(lab, order.path)
+        return plans, plans
+    plans = expand(lab, order.path.absolute().parent)
+    wanted = chosen(plans, order.only)
+    settings = {plan.setting: lab.settings[plan.setting] for plan in wanted}
+    checked_plans(lab.model_copy(update={"settings": settings}), order.path)
+    return plans, wanted
 
 
 def _forget(directory: Path, plans: Sequence[FederationPlan]) -> None:
@@ -160,10 +174,11 @@ async def _run(order: Order, lab: LabFile, plans: Sequence[FederationPlan], cons
 
 async def _prepare(order: Order, lab: LabFile, plans: Sequence[FederationPlan]) -> Prepared:
     """Bring images onto disk where need be, and deal them out. Raises `FedrtError`."""
-    if any(data.layout is None for data in data_of(lab)):
+    settings = list(dict.fromkeys(plan.setting for plan in plans))
+    if any(data.layout is None for data in data_of(lab, settings)):
         work = lab.directory / "work"
         async with Processes(work, work / "sockets") as processes:
-            await processes.call(sys.executable, "-P", "-m", "silo.lab.images", str(order.path.absolute()))
+            await processes.call(sys.executable, "-P", "-m", "silo.lab.images", str(order.path.absolute()), *settings)
     weights = await asyncio.to_thread(weights_sha256, lab.model)
     collections: list[tuple[LabData, Collection]] = []
     images, dealt = {}, {}

@@ -11,6 +11,7 @@ from lab_samples import LAB
 from fedrt.errors import FedrtError
 from silo.embedded.world import ALL_PAIRS, HELD_OUT_PAIRS, SEEN_PAIRS, SHAPES
 from silo.lab.images import data_of, foreseen_collection, images_of, prepare
+from silo.lab.perform import Order, plans_of
 from silo.lab.world import pairs_of, planned_collection
 from silo.partition.collection import read_collection
 from silo.partition.dealing import deal
@@ -123,3 +124,15 @@ def test_data_that_several_settings_share_are_prepared_once(tmp_path: Path) -> N
     lab, plans = lab_samples.read(tmp_path, text)
     assert [data.layout for data in data_of(lab)] == [None, "image_folder"]
     assert images_of(plans[-1].data, lab.directory).root == tmp_path / "pictures"
+
+
+def test_only_the_data_of_the_settings_that_are_asked_for_are_looked_at_and_prepared(tmp_path: Path) -> None:
+    other = "  other:\n    partition: {kind: iid, silos: 3}\n    data: {root: gone, layout: image_folder}\nmethods:"
+    lab, _ = lab_samples.read(tmp_path, LAB.replace("methods:", other))
+    with pytest.raises(FedrtError, match="gone"):
+        plans_of(lab, Order(tmp_path / "lab.yaml"))
+    plans, wanted = plans_of(lab, Order(tmp_path / "lab.yaml", only=("iid/*",)))
+    assert [plan.name for plan in plans] == ["iid-s1", "iid-s2", "other-s1", "other-s2"]
+    assert [plan.name for plan in wanted] == ["iid-s1", "iid-s2"]
+    assert len(list(prepare(lab, ["iid"]))) == 1
+    assert list(prepare(lab, ["other"])) == [tmp_path / "gone"]

@@ -17,7 +17,7 @@ from fedrt.experiment_file import experiment_file, experiment_spec
 from fedrt.spec import ExperimentSpec
 from silo.demo.directory import free_port
 from silo.demo.processes import DemoError, Processes, script
-from silo.lab.attempts import attempt_at, forget_attempts, read_attempt, write_attempt
+from silo.lab.attempts import attempt_at, forget_attempts, is_of, read_attempt, write_attempt
 from silo.lab.grid import Cell, Dealt, FederationPlan, experiment_of
 from silo.lab.progress import CellAudience, Progress
 from silo.lab.records import FORMAT, CellRecord, rounds_of, write_cell
@@ -41,6 +41,7 @@ class Given:
     dealt: Dealt
     weights: str
     method_digests: Mapping[str, str]  # by the name of a method
+    cell_ids: frozenset[str]  # of all cells that lab.yaml has for this setting and seed, asked for or not
 
 
 class Federation:
@@ -53,6 +54,7 @@ class Federation:
         self._dealt = given.dealt
         self._weights = given.weights
         self._was_ready = False
+        self._given_up: set[str] = set()
 
     async def run(self, progress: Progress) -> None:
         """Run every cell of the plan, write what finishes and tell what fails, whatever `FedrtError` is the reason."""
@@ -68,6 +70,7 @@ class Federation:
                         continue
                     # without daemons no cell of this federation can run
                     for _ in range(1 if self._was_ready else len(waiting)):
+                        self._given_up.add(waiting[0].cell_id)
                         progress.fails(waiting.pop(0), str(error))
                     deaths = 0
         finally:
@@ -87,6 +90,7 @@ class Federation:
                     try:
                         await processes.guarding(self._cell(client, place, waiting[0], progress))
                     except CellFailed as error:
+                        self._given_up.add(waiting[0].cell_id)
                         progress.fails(waiting[0], str(error))
                     waiting.pop(0)
 
@@ -147,13 +151,15 @@ class Federation:
     async def _choose(self, client: AdminClient, place: Workplace, cell: Cell) -> str:
         """The name of the cell's experiment, noted on disk: that of the one under way or done, else a new one.
 
-        Others that are under way are cancelled: they belong to cells that failed or that lab.yaml no longer has.
+        Others that are under way are cancelled if they belong to cells that have just failed or that lab.yaml no longer
+        has, or are earlier attempts at this one.
         """
+        kept = self._given.cell_ids - self._given_up - {cell.cell_id}
         standing = {found.experiment_id: state_name(found.state) for found in await client.list_all()}
         last = await asyncio.to_thread(read_attempt, place.root, cell.cell_id)
         attempt = attempt_at(cell, standing, last, self._given.method_digests[cell.method.name])
         for experiment_id, state in standing.items():
-            if state not in ENDED and experiment_id != attempt.experiment:
+            if state not in ENDED and experiment_id != attempt.experiment and not is_of(experiment_id, kept):
                 await client.cancel(experiment_id)
         if attempt != last:
             await asyncio.to_thread(write_attempt, place.root, cell.cell_id, attempt)

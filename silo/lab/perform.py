@@ -49,10 +49,12 @@ class Prepared:
     dealt: Mapping[str, Dealt]
     weights: str
     method_digests: Mapping[str, str]  # by the name of a method
+    grid: Sequence[FederationPlan]  # whole, whatever is asked for
 
     def given(self, plan: FederationPlan) -> Given:
         """What a federation works on."""
-        return Given(self.images[plan.name], self.dealt[plan.name], self.weights, self.method_digests)
+        cell_ids = frozenset(cell.cell_id for each in self.grid if each.name == plan.name for cell in each.cells)
+        return Given(self.images[plan.name], self.dealt[plan.name], self.weights, self.method_digests, cell_ids)
 
     def is_current(self, plan: FederationPlan, cell: Cell, record: CellRecord) -> bool:
         """Whether a finished cell had these very images and weights, this code of its method, and lacks no silo.
@@ -76,7 +78,7 @@ def perform(order: Order) -> int:
         lock = locked(lab.directory)
         _forget(lab.directory, again)
         try:
-            failed = asyncio.run(_supervise(_run(order, lab, wanted, console)))
+            failed = asyncio.run(_supervise(_run(order, lab, plans, wanted, console)))
         finally:
             with contextlib.suppress(FedrtError):  # the reason why it ended is told, not this
                 write_tables(lab, plans, read_cells(lab.directory, cells_of(plans)))
@@ -144,10 +146,12 @@ async def _supervise(work: Coroutine[Any, Any, dict[str, str]]) -> dict[str, str
         raise
 
 
-async def _run(order: Order, lab: LabFile, plans: Sequence[FederationPlan], console: Console) -> dict[str, str]:
+async def _run(
+    order: Order, lab: LabFile, grid: Sequence[FederationPlan], plans: Sequence[FederationPlan], console: Console
+) -> dict[str, str]:
     """Run the cells that are not finished; the reasons of those that failed, by cell id. Raises `FedrtError`."""
     with console.status("images, weights and partitions") if console.is_terminal else contextlib.nullcontext():
-        prepared = await _prepare(order, lab, plans)
+        prepared = await _prepare(order, lab, grid, plans)
     finished = {
         cell.cell_id: record
         for plan in plans
@@ -172,7 +176,9 @@ async def _run(order: Order, lab: LabFile, plans: Sequence[FederationPlan], cons
         return progress.failed
 
 
-async def _prepare(order: Order, lab: LabFile, plans: Sequence[FederationPlan]) -> Prepared:
+async def _prepare(
+    order: Order, lab: LabFile, grid: Sequence[FederationPlan], plans: Sequence[FederationPlan]
+) -> Prepared:
     """Bring images onto disk where need be, and deal them out. Raises `FedrtError`."""
     settings = list(dict.fromkeys(plan.setting for plan in plans))
     if any(data.layout is None for data in data_of(lab, settings)):
@@ -192,4 +198,4 @@ async def _prepare(order: Order, lab: LabFile, plans: Sequence[FederationPlan]) 
         images[plan.name], dealt[plan.name] = section, dealt_of(partition)
     names = {cell.method.name for cell in cells_of(plans)}
     digests = {name: await asyncio.to_thread(method_digest, name) for name in names}
-    return Prepared(images, dealt, weights, digests)
+    return Prepared(images, dealt, weights, digests, grid)

@@ -77,7 +77,9 @@ class Trial:
 
     def given(self, **changed: Any) -> Given:
         images = CollectionSection(root=self.place.root, layout="image_folder")
-        return Given(**({"images": images, "dealt": DEALT, "weights": "0" * 64, "method_digests": METHODS} | changed))
+        cell_ids = frozenset(cell.cell_id for cell in self.plan.cells)
+        given = {"images": images, "dealt": DEALT, "weights": "0" * 64, "method_digests": METHODS, "cell_ids": cell_ids}
+        return Given(**(given | changed))
 
     def run(self, cell: Cell, given: Given | None = None) -> CellRecord | None:
         one = Federation(self.lab, self.plan, given or self.given())
@@ -118,3 +120,16 @@ def test_a_cell_that_lacks_a_silo_has_failed_and_the_next_run_tries_it_again(tri
     trial.coordinator.measured = {"silo-01": 0.5, "silo-02": 0.7}
     assert trial.run(cell) is not None
     assert names(trial.coordinator.states, cell) == ["", "-2"]
+
+
+def test_only_experiments_that_the_lab_does_not_have_are_cancelled(trial: Trial) -> None:
+    zeroshot, promptfl = (cell.cell_id for cell in trial.plan.cells)
+    running = State.STATE_RUNNING
+    trial.coordinator.states = dict.fromkeys([promptfl, f"{zeroshot}-2", "iid-former-s1-12345678"], running)
+    trial.run(trial.plan.cells[0])
+    assert trial.coordinator.states == {
+        promptfl: running,  # of a cell that was interrupted, and is not asked for now
+        f"{zeroshot}-2": State.STATE_CANCELLED,
+        "iid-former-s1-12345678": State.STATE_CANCELLED,
+        f"{zeroshot}-3": State.STATE_SUCCEEDED,
+    }

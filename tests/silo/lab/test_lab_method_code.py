@@ -95,7 +95,7 @@ def test_a_cell_is_current_only_with_the_same_images_weights_and_code(
     _, (plan, *_) = lab_samples.read(tmp_path)
     cell = plan.cells[1]
     dealt = {plan.name: Dealt((), (), {}, f"{cell.setting} {cell.seed}")}
-    prepared = Prepared({}, dealt, "ab" * 32, {"promptfl": "cd" * 32})
+    prepared = Prepared({}, dealt, "ab" * 32, {"promptfl": "cd" * 32}, (plan,))
     measured = {"silo-01": {"accuracy": 0.5}, "silo-02": {"accuracy": 0.5}}
     assert prepared.is_current(plan, cell, record(cell, evaluation(4, measured), **changed)) == is_current
 
@@ -105,4 +105,4 @@ def test_a_cell_that_lacks_a_silo_is_not_current(tmp_path: Path) -> None:
     cell = plan.cells[1]
     dealt = {plan.name: Dealt((), (), {}, f"{cell.setting} {cell.seed}")}
     found = record(cell, evaluation(4, {"silo-01": {"accuracy": 0.5}}))
-    assert not Prepared({}, dealt, "ab" * 32, {"promptfl": "cd" * 32}).is_current(plan, cell, found)
+    assert not Prepared({}, dealt, "ab" * 32, {"promptfl": "cd" * 32}, (plan,)).is_current(plan, cell, found)

@@ -15,6 +15,7 @@ from fedrt.ctl_progress import ENDED, WatchState, state_name
 from fedrt.errors import FedrtError
 from fedrt.experiment_file import experiment_file, experiment_spec
 from fedrt.spec import ExperimentSpec
+from fedrt.wire_values import experiment_spec_from_pb
 from silo.demo.directory import free_port
 from silo.demo.processes import DemoError, Processes, script
 from silo.lab.attempts import attempt_at, forget_attempts, is_of, read_attempt, write_attempt
@@ -118,7 +119,7 @@ class Federation:
         try:
             spec = experiment_spec(file)
             experiment_id = await self._choose(client, place, cell)
-            await client.create(experiment_id, spec)
+            spec = await _created(client, experiment_id, spec)
             state = await follow(client, experiment_id, CellAudience(progress, self._plan))
         except FedrtError as error:
             raise CellFailed(str(error)) from error
@@ -164,6 +165,15 @@ class Federation:
         if attempt != last:
             await asyncio.to_thread(write_attempt, place.root, cell.cell_id, attempt)
         return attempt.experiment
+
+
+async def _created(client: AdminClient, experiment_id: str, spec: ExperimentSpec) -> ExperimentSpec:
+    """What the experiment was created with, just now or earlier: perhaps with another time limit, which it keeps."""
+    for found in await client.list_all():
+        if found.experiment_id == experiment_id:
+            return experiment_spec_from_pb(found.spec)
+    await client.create(experiment_id, spec)
+    return spec
 
 
 def _without(experiment_id: str, reasons: Mapping[str, str], silos: int) -> str:

@@ -1,7 +1,8 @@
 """The grid of a lab.yaml: a federation per setting and seed, a cell per method in it, each known by a digest; pure.
 
 The digest covers all that lab.yaml says about a cell's outcome: data, weights, partition, method, training, rounds,
-evaluation and seed. Where and on how many threads it runs is no part of it. Paths count relative to lab.yaml, so a lab
+evaluation and seed; of a method that trains nothing neither training nor rounds nor evaluation. Where it runs, on how
+many threads, how long at most and with how many retries is no part of it. Paths count relative to lab.yaml, so a lab
 can be moved.
 """
 
@@ -42,6 +43,7 @@ class Cell:
     label: str
     seed: int
     digest: str
+    former_digest: str  # which finished cells of fedrt-lab's first version bear: it covered limits, and all of training
     method: MethodSection
     training: TrainingSection
     rounds: RoundsSection
@@ -50,7 +52,15 @@ class Cell:
     @property
     def cell_id(self) -> str:
         """Also the experiment's name: `<setting>-<method>-s<seed>-<8 digits of the digest>`."""
-        return f"{self.setting}-{self.label}-s{self.seed}-{self.digest[:DIGEST_CHARACTERS]}"
+        return self._id(self.digest)
+
+    @property
+    def former_id(self) -> str:
+        """What the name was in fedrt-lab's first version."""
+        return self._id(self.former_digest)
+
+    def _id(self, digest: str) -> str:
+        return f"{self.setting}-{self.label}-s{self.seed}-{digest[:DIGEST_CHARACTERS]}"
 
     @property
     def name(self) -> str:
@@ -201,16 +211,26 @@ def _cell(lab: LabFile, setting: SettingSection, label: str, entry: LabMethod, c
     training = overlaid(lab.training, setting.training, entry.training)
     rounds = RoundsSection.model_construct(**vars(overlaid(lab.rounds, setting.rounds, entry.rounds)))
     every = overlaid(lab.evaluation, setting.evaluation).every
-    if not declared.tensors(_ANY_DIMS):
+    trains = bool(declared.tensors(_ANY_DIMS))
+    if not trains:
         rounds = rounds.model_copy(update={"count": 0})
     document = common | {
         "label": label,
         "method": {"name": entry.method.name, **json.loads(hyperparameters_json(declared))},
-        "training": training.model_dump(mode="json"),
-        "rounds": rounds.model_dump(mode="json"),
-        "every": every,
     }
-    return Cell(common["setting"], label, common["seed"], digest_of(document), entry.method, training, rounds, every)
+    former = {"training": training.model_dump(mode="json"), "rounds": rounds.model_dump(mode="json"), "every": every}
+    decisive = former | {"rounds": rounds.model_dump(mode="json", exclude={"time_limit", "retries"})}
+    return Cell(
+        setting=common["setting"],
+        label=label,
+        seed=common["seed"],
+        digest=digest_of(document | (decisive if trains else {})),
+        former_digest=digest_of(document | former),
+        method=entry.method,
+        training=training,
+        rounds=rounds,
+        every=every,
+    )
 
 
 def declaration(section: MethodSection) -> Method:

@@ -90,6 +90,10 @@ def cell_path(directory: Path, cell: Cell) -> Path:
     return directory / "cells" / f"{cell.cell_id}.json"
 
 
+def _paths(directory: Path, cell: Cell) -> tuple[Path, Path]:
+    return cell_path(directory, cell), directory / "cells" / f"{cell.former_id}.json"
+
+
 def write_cell(directory: Path, cell: Cell, record: CellRecord) -> None:
     """Write the file, durably. Raises `StorageError`."""
     path = cell_path(directory, cell)
@@ -103,11 +107,12 @@ def write_cell(directory: Path, cell: Cell, record: CellRecord) -> None:
 
 def read_cell(directory: Path, cell: Cell) -> CellRecord | None:
     """The finished cell, or None. Raises `DamageError` for a file that is not such a record."""
-    path = cell_path(directory, cell)
+    found = [path for path in _paths(directory, cell) if path.exists()]
+    if not found:
+        return None
+    path = found[0]
     try:
         record = CellRecord.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
     except OSError as error:
         raise storage_error("read", path, error) from error
     except ValidationError as error:
@@ -116,16 +121,16 @@ def read_cell(directory: Path, cell: Cell) -> CellRecord | None:
             f"'{path}' is damaged at {place!r}; run the cell anew with --again {cell.setting}/{cell.label}, or remove "
             "the file, and the next run writes it again"
         ) from None
-    return record if record.digest == cell.digest else None
+    return record if record.digest in (cell.digest, cell.former_digest) else None
 
 
 def remove_cell(directory: Path, cell: Cell) -> None:
     """Remove the cell's file, if there is one. Raises `StorageError`."""
-    path = cell_path(directory, cell)
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise storage_error("remove", path, error) from error
+    for path in _paths(directory, cell):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error("remove", path, error) from error
 
 
 def read_cells(directory: Path, cells: Iterable[Cell]) -> dict[str, CellRecord]:

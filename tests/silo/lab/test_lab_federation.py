@@ -133,3 +133,14 @@ def test_only_experiments_that_the_lab_does_not_have_are_cancelled(trial: Trial)
         "iid-former-s1-12345678": State.STATE_CANCELLED,
         f"{zeroshot}-3": State.STATE_SUCCEEDED,
     }
+
+
+def test_an_experiment_that_is_under_way_keeps_the_time_limit_that_it_began_with(
+    tmp_path: Path, trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = trial.run(trial.plan.cells[1])
+    longer = Trial(tmp_path, monkeypatch, lab_samples.LAB.replace("count: 4", "count: 4, time_limit: 2h"))
+    longer.coordinator.states, longer.coordinator.specs = trial.coordinator.states, trial.coordinator.specs
+    assert longer.plan.cells[1].rounds.time_limit == 7200
+    assert longer.run(longer.plan.cells[1]) == first
+    assert list(longer.coordinator.states) == [trial.plan.cells[1].cell_id]

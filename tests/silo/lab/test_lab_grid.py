@@ -110,6 +110,7 @@ def test_the_digest_covers_what_decides_the_outcome(tmp_path: Path, old: str, ne
         ("seeds: [1, 2]", "seeds: [3, 2, 1]"),
         ("zeroshot:", "baseline:"),
         ("context_length: 4}", "context_length: 4, class_position: end}"),
+        ("count: 4", "count: 4, time_limit: 2h, retries: 7"),
     ],
 )
 def test_the_digest_covers_nothing_else(tmp_path: Path, old: str, new: str) -> None:
@@ -119,6 +120,12 @@ def test_the_digest_covers_nothing_else(tmp_path: Path, old: str, new: str) -> N
         )
 
     assert of_promptfl(LAB) == of_promptfl(LAB.replace(old, new))
+
+
+def test_neither_training_nor_rounds_belong_to_a_method_that_trains_nothing(tmp_path: Path) -> None:
+    text = LAB.replace("count: 4", "count: 5").replace("batch_size: 8", "batch_size: 9")
+    before, after = (lab_samples.cells(tmp_path, each) for each in (LAB, text))
+    assert [cell.digest == other.digest for cell, other in zip(before, after, strict=True)] == [True, False] * 2
 
 
 def test_a_lab_that_is_moved_keeps_its_digests(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from lab_samples import closed, evaluation, record
 
 from fedrt.errors import DamageError, StorageError
 from silo.lab.measurements import COLUMNS, Measurement, measurements, read_csv, split_metric, write_csv
-from silo.lab.records import cell_path, read_cell, read_cells, write_cell
+from silo.lab.records import cell_path, read_cell, read_cells, remove_cell, write_cell
 
 NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
 ROWS = st.builds(
@@ -122,3 +122,16 @@ def test_the_silos_that_were_not_measured_in_the_end(tmp_path: Path) -> None:
     assert record(cell).unmeasured() == never
     nothing_to_measure = {"silo-01": {"train": 4, "test": 4}, "silo-02": {"train": 4, "test": 0}}
     assert record(cell, lacking, holdings=nothing_to_measure).unmeasured() == {}
+
+
+def test_a_cell_that_the_first_version_has_finished_is_kept_until_it_is_run_anew(tmp_path: Path) -> None:
+    cell = lab_samples.cells(tmp_path)[1]
+    former = record(cell, digest=cell.former_digest, method_digest="")
+    path = tmp_path / "cells" / f"{cell.former_id}.json"
+    path.parent.mkdir()
+    path.write_text(former.model_dump_json(exclude={"method_digest"}))
+    assert read_cells(tmp_path, [cell]) == {cell.cell_id: former}
+    write_cell(tmp_path, cell, record(cell))
+    assert read_cell(tmp_path, cell) == record(cell)
+    remove_cell(tmp_path, cell)
+    assert read_cell(tmp_path, cell) is None

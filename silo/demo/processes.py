@@ -32,6 +32,14 @@ class DemoError(FedrtError):
     """The demo cannot go on; the message says why."""
 
 
+class DaemonEnded(DemoError):
+    """A daemon ended of itself; `status` is its exit code, below 0 the signal that killed it."""
+
+    def __init__(self, message: str, status: int | None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 @dataclass
 class _Daemon:
     name: str
@@ -128,7 +136,8 @@ class Processes:
                 await asyncio.wait({death}, timeout=BLAME_DELAY)
             if death.done():
                 daemon = death.result()
-                raise DemoError(f"{daemon.name} ended with exit code {daemon.process.returncode}; {_tail(daemon)}")
+                status = daemon.process.returncode
+                raise DaemonEnded(f"{daemon.name} ended with exit code {status}; {_tail(daemon)}", status)
             return task.result()
         finally:
             task.cancel()

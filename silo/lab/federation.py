@@ -1,7 +1,10 @@
 """Runs the cells of one federation with real daemons: a coordinator and a host, started, watched and ended here.
 
 A cell is one experiment. Both daemons keep their state, so a cell that was under way when everything was killed goes on
-in the same experiment. A daemon that dies is started again once in a cell; the second time the cell has failed.
+in the same experiment.
+
+A daemon that dies is started again once in a cell; the second time the cell has failed. One that complains of its
+configuration or identity is not: all cells of the federation have failed.
 """
 
 import asyncio
@@ -12,12 +15,12 @@ import fedrt
 from fedrt.admin_client import AdminClient, LocalSocket, connect
 from fedrt.ctl_follow import follow
 from fedrt.ctl_progress import ENDED, WatchState, state_name
-from fedrt.errors import FedrtError
+from fedrt.errors import ExitCode, FedrtError
 from fedrt.experiment_file import experiment_file, experiment_spec
 from fedrt.spec import ExperimentSpec
 from fedrt.wire_values import experiment_spec_from_pb
 from silo.demo.directory import free_port
-from silo.demo.processes import DemoError, Processes, script
+from silo.demo.processes import DaemonEnded, DemoError, Processes, script
 from silo.lab.attempts import attempt_at, forget_attempts, is_of, read_attempt, write_attempt
 from silo.lab.grid import Cell, Dealt, FederationPlan, experiment_of
 from silo.lab.progress import CellAudience, Progress
@@ -28,6 +31,7 @@ from silo.partition.collection import CollectionSection
 
 READY_WAITS = 15  # times two minutes until the host must be ready: it looks at every image
 STARTS = 2  # of daemons that die, until the cell counts as failed
+FINAL = frozenset({ExitCode.CONFIGURATION, ExitCode.IDENTITY_REFUSED})  # a daemon that ends so will do so again
 
 
 class CellFailed(FedrtError):
@@ -67,10 +71,11 @@ class Federation:
                     await self._serve(waiting, progress)
                 except (FedrtError, OSError) as error:
                     deaths = deaths + 1 if len(waiting) == count else 1
-                    if isinstance(error, DemoError) and deaths < STARTS:
+                    is_final = isinstance(error, DaemonEnded) and error.status in FINAL
+                    if isinstance(error, DemoError) and deaths < STARTS and not is_final:
                         continue
                     # without daemons no cell of this federation can run
-                    for _ in range(1 if self._was_ready else len(waiting)):
+                    for _ in range(1 if self._was_ready and not is_final else len(waiting)):
                         self._given_up.add(waiting[0].cell_id)
                         progress.fails(waiting.pop(0), str(error))
                     deaths = 0

@@ -15,6 +15,7 @@ from fedrt.spec import ExperimentSpec
 from fedrt.task import TaskKind
 from fedrt.v1 import experiment_pb2 as experiment_pb
 from fedrt.wire_values import experiment_spec_to_pb
+from silo.demo.processes import DaemonEnded
 from silo.lab import federation
 from silo.lab.federation import CellFailed, Federation, Given
 from silo.lab.grid import Cell, Dealt, FederationPlan
@@ -144,3 +145,24 @@ def test_an_experiment_that_is_under_way_keeps_the_time_limit_that_it_began_with
     assert longer.plan.cells[1].rounds.time_limit == 7200
     assert longer.run(longer.plan.cells[1]) == first
     assert list(longer.coordinator.states) == [trial.plan.cells[1].cell_id]
+
+
+@pytest.mark.parametrize(("status", "starts"), [(78, 1), (77, 1), (1, 2), (-9, 2)])
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_daemons_that_complain_of_their_configuration_are_not_started_again(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch, status: int, starts: int, is_ready: bool
+) -> None:
+    one = Federation(trial.lab, trial.plan, trial.given())
+    begun = []
+
+    async def dies(waiting: list[Cell], _: Progress) -> None:
+        begun.append(waiting[0].label)
+        one._was_ready = is_ready
+        raise DaemonEnded(f"host ended with exit code {status}", status)
+
+    monkeypatch.setattr(one, "_serve", dies)
+    asyncio.run(one.run(trial.progress))
+    reasons = {cell.cell_id: f"host ended with exit code {status}" for cell in trial.plan.cells}
+    assert trial.progress.failed == reasons
+    again = ["promptfl"] * starts if is_ready and starts > 1 else []  # one cell after the other
+    assert begun == ["zeroshot"] * starts + again

@@ -39,7 +39,7 @@ def draw_figures(
         ordered = {label: found[label] for label in labels if label in found}
         splits = [split.value for split in splits_of(of_setting[0].partition)]
         for name, figure in (
-            ("curves", _curves(setting, ordered, labels)),
+            ("curves", accuracy_curves(setting, ordered, labels)),
             ("last-round", _bars(setting, ordered, splits)),
         ):
             written.append(figures_directory(directory) / f"{setting}-{name}.png")
@@ -63,22 +63,28 @@ def figures_directory(directory: Path) -> Path:
     return place
 
 
-def _curves(setting: str, records: _Records, labels: Sequence[str]) -> Any:
-    """Mean over seeds with a band of one standard deviation; what trains nothing as a broken line."""
+def accuracy_curves(setting: str, records: _Records, labels: Sequence[str]) -> Any:
+    """Mean over seeds with a band of one standard deviation.
+
+    What was measured before the first round only trains nothing: a broken line. What was measured once, but later, is a
+    mark at its round.
+    """
     figure, axes = _figure((8.5, 5.0))
     last = max((point[0] for found in records.values() for point in curve(found, _ACCURACY)), default=0)
     for label, found in records.items():
         points, index = curve(found, _ACCURACY), list(labels).index(label)
         style = {"color": COLOURS[index % len(COLOURS)], "label": label, "linewidth": 1.8}
-        if len(points) == 1:
-            value = points[0][1]
-            points = [(0, value), (max(last, 1), value)]
+        if [number for number, _ in points] == [0]:
+            points = [(0, points[0][1]), (max(last, 1), points[0][1])]
             style |= {"linestyle": "--"}
         elif len(points) <= 30:
             style |= {"marker": MARKS[index % len(MARKS)], "markersize": 4}
         numbers = [number for number, _ in points]
         means = [100 * value.mean for _, value in points]
         band = [100 * (value.deviation or 0.0) for _, value in points]
+        if len(points) == 1:
+            axes.errorbar(numbers, means, band if any(band) else None, capsize=3, **style | {"linestyle": "none"})
+            continue
         axes.plot(numbers, means, **style)
         low, high = ([mean + sign * width for mean, width in zip(means, band, strict=True)] for sign in (-1, 1))
         axes.fill_between(numbers, low, high, color=style["color"], alpha=0.15, linewidth=0)

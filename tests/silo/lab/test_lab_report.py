@@ -9,9 +9,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from silo.lab.cli import app
+from silo.lab.figures import accuracy_curves
 from silo.lab.grid import cells_of
 from silo.lab.measurements import read_csv
-from silo.lab.records import read_cells, write_cell
+from silo.lab.records import CellRecord, read_cells, write_cell
 from silo.lab.report import write_report
 from silo.lab.shipped import recipe_text, recipe_titles
 
@@ -38,6 +39,22 @@ def test_figures_are_pictures_of_a_readable_size(tmp_path: Path, text: str) -> N
             assert min(image.size) >= 300
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
     assert len(read_csv(tmp_path / "results" / "results.csv")) == 2 * (1 + 5) * 3
+
+
+def test_what_trained_and_was_measured_once_is_a_mark_at_its_round_and_no_line(tmp_path: Path) -> None:
+    found: dict[str, list[CellRecord]] = {}
+    for plan in lab_samples.read(tmp_path)[1]:
+        for cell in plan.cells:
+            part = evaluation(cell.rounds.count, {"silo-01": {"accuracy": 0.5 + 0.1 * cell.seed}})
+            found.setdefault(cell.label, []).append(record(cell, part))
+    (axes,) = accuracy_curves("iid", found, list(found)).axes
+    broken, mark = axes.get_lines()[:2]
+    assert (broken.get_linestyle(), list(broken.get_xdata())) == ("--", [0, 4])
+    assert (mark.get_linestyle(), mark.get_marker(), list(mark.get_xdata())) == ("None", "s", [4])
+    assert list(mark.get_ydata()) == [pytest.approx(65.0)]
+    (container,) = axes.containers
+    low, high = container.lines[2][0].get_segments()[0][:, 1]
+    assert high - low == pytest.approx(2 * 100 * 0.1 / 2**0.5)
 
 
 def test_a_report_without_finished_cells(tmp_path: Path) -> None:

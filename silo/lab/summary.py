@@ -91,11 +91,14 @@ def over_seeds(cells: Iterable[Mapping[Quantity, CellValue]], quantity: Quantity
     return spread(values) if values else None
 
 
-def leader(column: Mapping[str, Spread | None], lower_is_better: bool = False) -> str | None:
+def leader(column: Mapping[str, Spread | None], seeds: int, lower_is_better: bool = False) -> str | None:
     """The row whose value is ahead of the second best by more than the larger spread of the two, if there is one.
 
-    None where that cannot be said: with one row, or where one of the two has one seed only.
+    None where that cannot be said: with one row or one seed, or unless every row has all of the lab's `seeds`, because
+    means over different seeds are of different images.
     """
+    if any(value is None or value.seeds != seeds for value in column.values()):
+        return None
     sign = -1 if lower_is_better else 1
     ranked = sorted(
         ((name, value) for name, value in column.items() if value is not None),

@@ -51,9 +51,12 @@ def summary_markdown(lab: LabFile, plans: Sequence[FederationPlan], records: Map
         "",
         "All numbers are percentages, of the last round. A cell's value is the unweighted mean over its silos, each "
         "measured on its own test images with its own private tensors; the tables give mean ± standard deviation over "
-        "seeds. Bold: ahead of the second best by more than the larger deviation of the two.",
+        "seeds. Bold: ahead of the second best by more than the larger deviation of the two, in columns where every row "
+        "has all seeds.",
         "",
     ]
+    if len(lab.seeds) == 2:
+        lines.append("* A deviation of two seeds rests on two values only, and so does what is bold; run three or more.")
     if missing:
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         lines.append(f"* Not finished: {'; '.join(missing[:NAMED])}{more}.")
@@ -79,7 +82,7 @@ def _setting(lab: LabFile, plans: Sequence[FederationPlan], records: Mapping[str
     splits = [split.value for split in splits_of(plans[0].partition)]
     headings = {label: _row_name(lab, label, values[label]) for label in values}
     for columns in _tables(splits):
-        yield from markdown_table(headings, columns, values)
+        yield from markdown_table(headings, columns, values, len(lab.seeds))
         yield ""
     yield from _notes(lab, values, [records[cell.cell_id] for cell in cells_of(plans) if cell.cell_id in records])
 
@@ -100,12 +103,14 @@ def _tables(splits: Sequence[str]) -> Iterator[list[Column]]:
     yield [Column(f"{BESIDE[measure]}, {names[split]}", Quantity(split, measure)) for split, measure in beside]
 
 
-def markdown_table(headings: Mapping[str, str], columns: Sequence[Column], values: _Values) -> Iterator[str]:
-    """The lines of a table: a row for each label, the leader of each column in bold."""
+def markdown_table(
+    headings: Mapping[str, str], columns: Sequence[Column], values: _Values, seeds: int
+) -> Iterator[str]:
+    """The lines of a table: a row for each label, the leader of each column in bold if all rows have all `seeds`."""
     spreads = {
         column: {label: over_seeds(cells, column.quantity) for label, cells in values.items()} for column in columns
     }
-    bold = {column: leader(spreads[column], column.quantity.measure in LOWER_IS_BETTER) for column in columns}
+    bold = {column: leader(spreads[column], seeds, column.quantity.measure in LOWER_IS_BETTER) for column in columns}
     yield f"| method | {' | '.join(column.heading for column in columns)} |"
     yield f"|---|{'---:|' * len(columns)}"
     for label in values:

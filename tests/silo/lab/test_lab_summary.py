@@ -108,20 +108,27 @@ def test_the_harmonic_mean_is_taken_for_each_seed_and_then_averaged(tmp_path: Pa
         (Spread(0.80, 0.06, 3), Spread(0.75, 0.02, 3), False, None),  # ... or of the first
         (Spread(0.80, 0.02, 3), Spread(0.75, 0.04, 3), True, "b"),
         (Spread(0.80, None, 1), Spread(0.10, 0.01, 3), False, None),  # one seed: nobody knows
-        (Spread(0.80, 0.0, 2), Spread(0.80, 0.0, 2), False, None),  # a tie
-        (Spread(0.80, 0.01, 2), None, False, None),
+        (Spread(0.80, 0.01, 2), Spread(0.10, 0.01, 3), False, None),  # other seeds, other images
+        (Spread(0.80, 0.01, 2), Spread(0.10, 0.01, 2), False, None),  # ... and the third is to come
+        (Spread(0.80, 0.0, 3), Spread(0.80, 0.0, 3), False, None),  # a tie
+        (Spread(0.80, 0.01, 3), None, False, None),
     ],
 )
 def test_bold_is_who_is_ahead_by_more_than_the_larger_spread(
     first: Spread, second: Spread | None, lower: bool, expected: str | None
 ) -> None:
-    assert leader({"a": first, "b": second}, lower) == expected
-    assert leader({"b": second, "a": first}, lower) == expected
+    assert leader({"a": first, "b": second}, 3, lower) == expected
+    assert leader({"b": second, "a": first}, 3, lower) == expected
 
 
-def test_the_third_does_not_matter_for_bold() -> None:
-    column = {"a": Spread(0.8, 0.01, 3), "b": Spread(0.7, 0.01, 3), "c": Spread(0.1, 0.5, 3)}
-    assert leader(column) == "a"
+def test_the_spread_of_the_third_does_not_matter_for_bold_but_its_seeds_do() -> None:
+    column = {"a": Spread(0.8, 0.01, 3), "b": Spread(0.7, 0.01, 3)}
+    assert leader(column | {"c": Spread(0.1, 0.5, 3)}, 3) == "a"
+    assert leader(column | {"c": Spread(0.1, 0.5, 2)}, 3) is None
+
+
+def test_nothing_is_bold_with_one_seed() -> None:
+    assert leader({"a": Spread(0.8, None, 1), "b": Spread(0.7, None, 1)}, 1) is None
 
 
 def test_a_curve_has_the_rounds_that_every_seed_has(tmp_path: Path) -> None:
@@ -156,6 +163,13 @@ def test_the_summary_of_a_setting(tmp_path: Path) -> None:
     assert "| zeroshot | 51.00 ± 1.41 | 50.00 ± 0.00 | 75.00 ± 0.00 | 10.00 ± 0.00 |" in lines
     assert "| promptfl | **72.00 ± 2.83** | 50.00 ± 0.00 | 75.00 ± 0.00 | 10.00 ± 0.00 |" in lines
     assert not [line for line in lines if "AUROC (" in line or "Not finished" in line]
+
+
+def test_what_two_seeds_are_worth_is_said(tmp_path: Path) -> None:
+    note = "* A deviation of two seeds rests on two values only"
+    assert note in summary_markdown(*lab_samples.read(tmp_path), {})
+    for seeds in ("[1]", "[1, 2, 3]"):
+        assert note not in summary_markdown(*lab_samples.read(tmp_path, LAB.replace("[1, 2]", seeds)), {})
 
 
 def test_the_summary_of_base_to_novel(tmp_path: Path) -> None:

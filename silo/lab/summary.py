@@ -45,9 +45,9 @@ class Spread:
     seeds: int
 
 
-def harmonic_mean(local: float, base: float, novel: float) -> float:
-    """3 / (1/local + 1/base + 1/novel); 0 if one of them is 0."""
-    return 3 / (1 / local + 1 / base + 1 / novel) if min(local, base, novel) > 0 else 0.0
+def harmonic_mean(personal: float, base: float, novel: float) -> float:
+    """3 / (1/personal + 1/base + 1/novel); 0 if one of them is 0."""
+    return 3 / (1 / personal + 1 / base + 1 / novel) if min(personal, base, novel) > 0 else 0.0
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -80,8 +80,8 @@ def values_after(record: CellRecord, number: int) -> dict[Quantity, CellValue]:
     }
     parts = [values.get(Quantity(split, "accuracy")) for split in (PERSONAL, BASE, NOVEL)]
     if all(part is not None for part in parts):
-        local, base, novel = (part.mean for part in parts if part is not None)
-        values[Quantity(HARMONIC, "accuracy")] = CellValue(harmonic_mean(local, base, novel), silos, silos)
+        personal, base, novel = (part.mean for part in parts if part is not None)
+        values[Quantity(HARMONIC, "accuracy")] = CellValue(harmonic_mean(personal, base, novel), silos, silos)
     return values
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from fedrt.notation import format_duration
 from fedrt.task import TaskKind
-from silo.lab.grid import FederationPlan, cells_of, counted, partition_words, splits_of
+from silo.lab.described import method_sentences, setting_sentences
+from silo.lab.grid import FederationPlan, cells_of, counted, splits_of
 from silo.lab.measurements import PERSONAL
 from silo.lab.records import CellRecord, disagreements
 from silo.lab.sections import LabFile
@@ -51,16 +52,19 @@ def summary_markdown(lab: LabFile, plans: Sequence[FederationPlan], records: Map
         "",
         "All numbers are percentages, of the last round. A cell's value is the unweighted mean over its silos, each "
         "measured on its own test images with its own private tensors; the tables give mean ± standard deviation over "
-        "seeds. Bold: ahead of the second best by more than the larger deviation of the two, in columns where every row "
-        "has all seeds.",
+        "seeds. Bold: ahead of the second best by more than the larger deviation of the two, in columns where every "
+        "row has all seeds.",
         "",
     ]
     if len(lab.seeds) == 2:
-        lines.append("* A deviation of two seeds rests on two values only, and so does what is bold; run three or more.")
+        lines.append(
+            "* A deviation of two seeds rests on two values only, and so does what is bold; run three or more."
+        )
     if missing:
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         lines.append(f"* Not finished: {'; '.join(missing[:NAMED])}{more}.")
     lines += [f"* {sentence}" for sentence in disagreements(list(records.values()))]
+    lines += ["", "Methods:", "", *(f"* {sentence}" for sentence in method_sentences(lab, plans))]
     for name in lab.settings:
         of_setting = [plan for plan in plans if plan.setting == name]
         if of_setting:
@@ -69,7 +73,8 @@ def summary_markdown(lab: LabFile, plans: Sequence[FederationPlan], records: Map
 
 
 def _setting(lab: LabFile, plans: Sequence[FederationPlan], records: Mapping[str, CellRecord]) -> Iterator[str]:
-    yield _description(plans, records)
+    of_setting = [records[cell.cell_id] for cell in cells_of(plans) if cell.cell_id in records]
+    yield " ".join(setting_sentences(lab, plans, of_setting))
     yield ""
     values: dict[str, list[Mapping[Quantity, CellValue]]] = {}
     for label in lab.methods:
@@ -84,7 +89,7 @@ def _setting(lab: LabFile, plans: Sequence[FederationPlan], records: Mapping[str
     for columns in _tables(splits):
         yield from markdown_table(headings, columns, values, len(lab.seeds))
         yield ""
-    yield from _notes(lab, values, [records[cell.cell_id] for cell in cells_of(plans) if cell.cell_id in records])
+    yield from _notes(values, of_setting)
 
 
 def _tables(splits: Sequence[str]) -> Iterator[list[Column]]:
@@ -95,12 +100,11 @@ def _tables(splits: Sequence[str]) -> Iterator[list[Column]]:
             Column(BESIDE[measure], Quantity(split, measure)) for split, measure in beside
         ]
         return
-    names = {split: "local" if split == PERSONAL and NOVEL in splits else split for split in splits}
-    accuracies = [Column(names[split], Quantity(split, "accuracy")) for split in splits]
+    accuracies = [Column(SPLIT_NAMES[split], Quantity(split, "accuracy")) for split in splits]
     if NOVEL in splits:
         accuracies.append(Column(SPLIT_NAMES[HARMONIC], Quantity(HARMONIC, "accuracy")))
     yield accuracies
-    yield [Column(f"{BESIDE[measure]}, {names[split]}", Quantity(split, measure)) for split, measure in beside]
+    yield [Column(f"{BESIDE[measure]}, {SPLIT_NAMES[split]}", Quantity(split, measure)) for split, measure in beside]
 
 
 def markdown_table(
@@ -135,24 +139,7 @@ def _row_name(lab: LabFile, label: str, cells: Sequence[object]) -> str:
     return label if len(cells) == len(lab.seeds) else f"{label} ({len(cells)} of {counted(lab.seeds, 'seed')})"
 
 
-def _description(plans: Sequence[FederationPlan], records: Mapping[str, CellRecord]) -> str:
-    """The partition, the rounds and the training of a setting, on one line."""
-    words = [partition_words(plans[0].partition)]
-    counts = sorted({len(records[cell.cell_id].holdings) for cell in cells_of(plans) if cell.cell_id in records})
-    if counts:
-        words.append(f"{' or '.join(map(str, counts))} silos in all")
-    cell = max(plans[0].cells, key=lambda one: one.rounds.count)
-    rounds, training = cell.rounds, cell.training
-    asked = f" of {rounds.max_silos} silos" if rounds.max_silos else ""
-    return (
-        f"Partition: {', '.join(words)}. {counted(range(rounds.count), 'round')}{asked}, "
-        f"{counted(range(training.local_epochs), 'local epoch')}, batches of {training.batch_size}, "
-        f"{training.optimizer.name.value} with learning rate {training.optimizer.learning_rate:g} "
-        f"({training.schedule.value}), {training.precision.value}; a method may have other numbers."
-    )
-
-
-def _notes(lab: LabFile, values: _Values, records: Sequence[CellRecord]) -> Iterator[str]:
+def _notes(values: _Values, records: Sequence[CellRecord]) -> Iterator[str]:
     """What was left out of a mean, and what the cells cost."""
     cells = [cell for of_label in values.values() for cell in of_label]
     for split, name in SPLIT_NAMES.items():

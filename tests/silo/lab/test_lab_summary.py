@@ -165,23 +165,68 @@ def test_the_summary_of_a_setting(tmp_path: Path) -> None:
     assert not [line for line in lines if "AUROC (" in line or "Not finished" in line]
 
 
+def blank(directory: Path, text: str) -> str:
+    lab, plans = lab_samples.read(directory, text)
+    return summary_markdown(lab, plans, {})
+
+
 def test_what_two_seeds_are_worth_is_said(tmp_path: Path) -> None:
     note = "* A deviation of two seeds rests on two values only"
-    assert note in summary_markdown(*lab_samples.read(tmp_path), {})
+    assert note in blank(tmp_path, LAB)
     for seeds in ("[1]", "[1, 2, 3]"):
-        assert note not in summary_markdown(*lab_samples.read(tmp_path, LAB.replace("[1, 2]", seeds)), {})
+        assert note not in blank(tmp_path, LAB.replace("[1, 2]", seeds))
 
 
 def test_the_summary_of_base_to_novel(tmp_path: Path) -> None:
     lab, plans = lab_samples.read(tmp_path, NOVEL_LAB)
     cell = plans[0].cells[1]
     lines = summary_markdown(lab, plans, {cell.cell_id: novel_record(cell, 0.6, 0.3, 0.2)}).splitlines()
-    assert "| method | local | base | novel | harmonic mean |" in lines
+    assert "| method | personal | base | novel | harmonic mean |" in lines
     assert "| promptfl (1 of 2 seeds) | 60.00 | 30.00 | 20.00 | 30.00 |" in lines
     (heading,) = (line for line in lines if "macro-F1, novel" in line)
     row = lines[lines.index(heading) + 2].split(" | ")
     assert row[heading.split(" | ").index("macro-F1, novel")] == "25.00"
     assert row[heading.split(" | ").index("macro-F1, base")] == "–"
+
+
+def test_the_summary_says_what_was_run(tmp_path: Path) -> None:
+    text = LAB.replace("silos: 2}", "silos: 3}").replace("rounds: {count: 4}", "rounds: {count: 4, max_silos: 2}")
+    text = text.replace("context_length: 4}", "context_length: 16, context_init: a scan}\n    rounds: {count: 9}")
+    text = text.replace("rounds: {count: 9}", "rounds: {count: 9}\n    training: {optimizer: {learning_rate: 0.5}}")
+    lab, plans = lab_samples.read(tmp_path, text)
+    cell = plans[0].cells[1]
+    held = {f"silo-0{number}": {"train": number, "test": 10} for number in (1, 2, 3)}
+    experiment = {"classes": ["a", "b", "c", "d"], "evaluation": {"novel_classes": []}}
+    lines = summary_markdown(
+        lab, plans, {cell.cell_id: record(cell, holdings=held, experiment=experiment)}
+    ).splitlines()
+    assert "* `zeroshot`: method zeroshot; measured once, without training." in lines
+    assert (
+        "* `promptfl`: method promptfl, context_init a scan; rounds: count 9; training: optimizer.learning_rate 0.5."
+        in lines
+    )
+    assert (
+        "Data: drawn scenes of the scanners tinted, coarse. Partition: kind iid, silos 3. Dealt to 3 silos: 4 classes, "
+        "6 training images, 30 test images of their own. 4 rounds of 2 silos, 1 local epoch, batches of 8, adamw with "
+        "learning rate 0.01, momentum 0.9 and weight decay 0.0005 (constant), fp32, but for what is said of a method "
+        "above."
+    ) in lines
+
+
+def test_rounds_of_more_silos_than_there_are_are_rounds_of_all(tmp_path: Path) -> None:
+    lab, plans = lab_samples.read(tmp_path, LAB.replace("rounds: {count: 4}", "rounds: {count: 4, max_silos: 10}"))
+    cell = plans[0].cells[1]
+    assert "4 rounds, 1 local" in summary_markdown(lab, plans, {cell.cell_id: record(cell)})
+
+
+def test_base_to_novel_says_among_how_many_classes_a_split_is_scored(tmp_path: Path) -> None:
+    lab, plans = lab_samples.read(tmp_path, NOVEL_LAB)
+    cell = plans[0].cells[1]
+    experiment = {"classes": ["a", "b", "c"], "evaluation": {"novel_classes": ["d", "e"]}}
+    text = summary_markdown(lab, plans, {cell.cell_id: record(cell, experiment=experiment)})
+    assert "2 silos: 3 base classes and 2 novel ones, 40 training images" in text
+    assert "every silo has the same 30 of the split base and 40 of the split novel" in text
+    assert "Personal and base are scored among the 3 base classes, novel among the 2 novel ones." in text
 
 
 def test_the_summary_says_what_is_missing_or_left_out(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from fedrt.spec import EvaluationSplit
 from fedrt.statefile import storage_error, write_atomic
 from fedrt.task import TaskKind
 from silo.data.records import Split
-from silo.lab.records import CellRecord, SiloPart
+from silo.lab.records import CellRecord
 
 TRAINING = Split.TRAIN.value
 PERSONAL = EvaluationSplit.PERSONAL.value
@@ -21,7 +21,8 @@ PERSONAL = EvaluationSplit.PERSONAL.value
 class Measurement:
     """A measure of one silo on one split after one round; `examples` is the number of images it is a mean over.
 
-    Split `train` holds what local training reports, such as its loss; the others are evaluations.
+    Split `train` holds what local training reports, such as its loss; the others are evaluations. A result counts the
+    images of training and of the personal split only: beside these, `examples` is None.
     """
 
     setting: str
@@ -32,7 +33,7 @@ class Measurement:
     split: str
     measure: str
     value: float
-    examples: int
+    examples: int | None
 
 
 COLUMNS = tuple(field.name for field in fields(Measurement))
@@ -46,7 +47,7 @@ def measurements(record: CellRecord) -> Iterator[Measurement]:
         for silo, given in sorted(part.silos.items()):
             for name, value in sorted(given.metrics.items()):
                 split, measure = (TRAINING, name) if part.task == TaskKind.TRAIN.value else split_metric(name)
-                examples = _examples(record, silo, split, given)
+                examples = given.examples if split in (TRAINING, PERSONAL) else None
                 yield Measurement(
                     record.setting, record.method, record.seed, part.round, silo, split, measure, value, examples
                 )
@@ -85,11 +86,5 @@ def read_csv(path: Path) -> list[Measurement]:
 
 def _row(values: list[str]) -> Measurement:
     setting, method, seed, number, silo, split, measure, value, examples = values
-    return Measurement(setting, method, int(seed), int(number), silo, split, measure, float(value), int(examples))
-
-
-def _examples(record: CellRecord, silo: str, split: str, given: SiloPart) -> int:
-    """A result says how many images the training or personal split had; the others are as dealt."""
-    if split in (TRAINING, PERSONAL):
-        return given.examples
-    return record.holdings.get(silo, {}).get(split, 0)
+    counted = int(examples) if examples else None
+    return Measurement(setting, method, int(seed), int(number), silo, split, measure, float(value), counted)

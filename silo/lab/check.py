@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from fedrt.architectures import clip_dims
+from fedrt.architectures import ARCHITECTURES, clip_dims
 from fedrt.errors import ConfigurationError, FedrtError, SpecError
 from fedrt.experiment_file import experiment_spec
+from fedrt.method import ModelDims
 from silo.config import ModelSection
+from silo.data.labels import normalise
 from silo.embedded import embedded_paths
 from silo.lab.grid import (
     Cell,
@@ -26,9 +27,13 @@ from silo.lab.sections import LabData, LabFile
 from silo.partition.collection import Collection
 from silo.partition.dealing import deal
 from silo.partition.holdings import Partition
+from silo.partition.naming import numbered
+from silo.partition.sections import PartitionSection
 
 _UNKNOWN_WEIGHTS = "0" * 64
-_ANY_CLASSES = Dealt(("one class", "another class"), (), {"silo-01": {}}, "")
+_START_STOP_END = 3  # tokens of a prompt beside context and class name
+CLIP_POSITIONS = 77
+POSITIONS = {"fedrt-tiny": 40}  # of a text tower, where they are not CLIP's
 
 
 def checked_plans(lab: LabFile, path: Path) -> tuple[FederationPlan, ...]:
@@ -36,20 +41,19 @@ def checked_plans(lab: LabFile, path: Path) -> tuple[FederationPlan, ...]:
 
     Raises `ConfigurationError` with every problem. Images of torchvision that are not exported yet are not looked at.
     """
-    problems = [*_methods(lab), *_model(lab.model)]
-    if problems:
-        raise listed(path, problems)
-    plans = expand(lab, path.absolute().parent)
+    unusable = dict(_methods(lab))
+    problems = [*unusable.values(), *_model(lab.model)]
+    usable = {label: entry for label, entry in lab.methods.items() if label not in unusable}
+    plans = expand(lab.model_copy(update={"methods": usable}), path.absolute().parent)
     collections: list[tuple[LabData, Collection | None]] = []
     for data in data_of(lab):
         try:
             collections.append((data, foreseen_collection(data, lab.directory)))
         except FedrtError as error:
             problems.append(str(error))
-    if not problems:
-        for plan in plans:
-            found = next(collection for data, collection in collections if data == plan.data)
-            problems += _federation(lab, plan, found)
+    for plan in plans:
+        found = [collection for data, collection in collections if data == plan.data]
+        problems += _federation(lab, plan, found[0]) if found else []
     if problems:
         raise listed(path, list(dict.fromkeys(problems)))
     return plans
@@ -99,12 +103,13 @@ def weights_file(model: ModelSection) -> Path | None:
     return Path(model.weights) if Path(model.weights).is_absolute() else None
 
 
-def _methods(lab: LabFile) -> Iterator[str]:
+def _methods(lab: LabFile) -> Iterator[tuple[str, str]]:
+    """The labels whose method cannot be used, each with what is wrong."""
     for label, entry in lab.methods.items():
         try:
             declaration(entry.method)
         except SpecError as error:
-            yield f"methods.{label}: {error}"
+            yield label, f"methods.{label}: {error}"
 
 
 def _model(model: ModelSection) -> Iterator[str]:
@@ -120,23 +125,91 @@ def _model(model: ModelSection) -> Iterator[str]:
 
 
 def _federation(lab: LabFile, plan: FederationPlan, collection: Collection | None) -> Iterator[str]:
-    dealt = replace(_ANY_CLASSES, novel_classes=("a new class",) if plan.partition.novel is not None else ())
+    dealt = _assumed(plan.partition)
     if collection is not None:
         try:
             dealt = dealt_of(deal(collection, plan.partition, plan.seed))
         except ConfigurationError as error:
             yield f"settings.{plan.setting} (seed {plan.seed}): {error}"
             return
-    for cell in plan.cells:
-        yield from _cell(lab, cell, plan, dealt)
+        yield from (f"settings.{plan.setting}: {problem}" for problem in _same_prompts(dealt))
+    if lab.model.architecture in ARCHITECTURES:
+        for cell in plan.cells:
+            yield from _cell(lab, cell, plan.partition, dealt)
 
 
-def _cell(lab: LabFile, cell: Cell, plan: FederationPlan, dealt: Dealt) -> Iterator[str]:
+def _assumed(partition: PartitionSection) -> Dealt:
+    """What is known of a partition without the images; of silos by domain, of which there are none, one."""
+    silos = getattr(partition, "silos", 1)
+    novel = ("a new class",) if partition.novel is not None else ()
+    return Dealt(("one class", "another class"), novel, {name: {} for name in numbered("silo", silos)}, "")
+
+
+def _same_prompts(dealt: Dealt) -> Iterator[str]:
+    """Classes that CLIP cannot tell apart: a prompt has neither underscores nor capitals."""
+    for names in (dealt.classes, dealt.novel_classes):
+        alike: dict[str, list[str]] = {}
+        for name in names:
+            alike.setdefault(normalise(name), []).append(name)
+        for same in alike.values():
+            if len(same) > 1:
+                yield (
+                    f"the classes {' and '.join(map(repr, same))} become the same prompt; give each a name of its own, "
+                    "or both the same, with data.class_names"
+                )
+
+
+def _cell(lab: LabFile, cell: Cell, partition: PartitionSection, dealt: Dealt) -> Iterator[str]:
+    """What stops one cell, in words of lab.yaml."""
+    where = f"settings.{cell.setting} with methods.{cell.label}"
+    in_words = list(_rounds(lab, cell, len(dealt.holdings)))
+    in_words += [f"{where}: {problem}" for problem in (*_prompts(lab, cell, dealt), *_novel(cell, partition))]
+    yield from in_words
+    if in_words:
+        return
     try:
-        file = experiment_of(cell, plan.partition, dealt, lab.model.architecture, _UNKNOWN_WEIGHTS)
+        file = experiment_of(cell, partition, dealt, lab.model.architecture, _UNKNOWN_WEIGHTS)
         experiment_spec(file).local.tensors()
     except SpecError as error:
-        yield f"settings.{cell.setting} with methods.{cell.label}: {error}"
+        yield f"{where}: {error}"
+
+
+def _rounds(lab: LabFile, cell: Cell, silos: int) -> Iterator[str]:
+    """More silos than there are; told of the method only if that is where the key is set."""
+    own = lab.methods[cell.label].rounds
+    for key in ("max_silos", "min_results"):
+        wanted = getattr(cell.rounds, key)
+        if wanted is not None and wanted > silos:
+            place = f" with methods.{cell.label}" if own is not None and key in own.model_fields_set else ""
+            yield (
+                f"settings.{cell.setting}{place}: rounds.{key} is {wanted}, but the partition has "
+                f"{counted(range(silos), 'silo')}; lower it, or leave it out for all"
+            )
+
+
+def _prompts(lab: LabFile, cell: Cell, dealt: Dealt) -> Iterator[str]:
+    """A context that leaves no room for the longest class name, counted as one token for each word at least."""
+    length = getattr(declaration(cell.method), "context_length", None)
+    names = (*dealt.classes, *dealt.novel_classes)
+    longest = max(names, key=lambda name: len(normalise(name).split()))
+    words, limit = len(normalise(longest).split()), POSITIONS.get(lab.model.architecture, CLIP_POSITIONS)
+    needed = _START_STOP_END + words
+    if isinstance(length, int) and length + needed > limit:
+        yield (
+            f"context_length is {length}, but the text tower of {lab.model.architecture} has {limit} positions, and "
+            f"class {longest!r} takes {needed} of them or more; use {max(1, limit - needed)} at most"
+        )
+
+
+def _novel(cell: Cell, partition: PartitionSection) -> Iterator[str]:
+    """A method that learns something for each class has nothing for new ones."""
+    method = declaration(cell.method)
+    few, more = (method.tensors(ModelDims(context_dim=8, feature_dim=8, class_count=count)) for count in (2, 3))
+    if partition.novel is not None and few != more:
+        yield (
+            f"method {cell.method.name!r} with these hyper-parameters learns something for each class, which novel "
+            "classes lack; remove novel from the setting's partition, or class_specific from the method"
+        )
 
 
 def grid_text(lab: LabFile, plans: Sequence[FederationPlan], finished: Mapping[str, object]) -> str:

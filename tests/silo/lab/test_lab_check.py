@@ -1,5 +1,6 @@
 """What `fedrt-lab check` finds: every mistake of a lab.yaml at once, with its place and the next step."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 from lab_samples import LAB
 
 from fedrt.errors import ConfigurationError
-from silo.lab.check import checked_plans, grid_text, weights_sha256
+from silo.embedded import embedded_paths
+from silo.lab.check import POSITIONS, checked_plans, grid_text, weights_sha256
 from silo.lab.grid import cells_of
 from silo.lab.sections import load_lab
 
@@ -85,7 +87,24 @@ def test_mistakes_of_the_keys(tmp_path: Path, text: str, said: str) -> None:
         (changed("silos: 2}", "silos: 2, held_out_domain: corse}"), "no domain 'corse'; did you mean 'coarse'?"),
         (
             changed("silos: 2}", "silos: 2, novel: half}").replace("length: 4", "length: 4, class_specific: true"),
-            "settings.iid with methods.promptfl: method 'promptfl' with these hyper-parameters learns something",
+            "settings.iid with methods.promptfl: method 'promptfl' with these hyper-parameters learns something for "
+            "each class, which novel classes lack; remove novel from the setting's partition, or class_specific from",
+        ),
+        (
+            changed("count: 4", "count: 4, max_silos: 3"),
+            "settings.iid: rounds.max_silos is 3, but the partition has 2 silos; lower it, or leave it out for all",
+        ),
+        (
+            changed("count: 4", "count: 4, min_results: 3"),
+            "settings.iid: rounds.min_results is 3, but the partition has 2 silos; lower it",
+        ),
+        (
+            changed("length: 4}", "length: 4}\n    rounds: {max_silos: 3}"),
+            "settings.iid with methods.promptfl: rounds.max_silos is 3, but the partition has 2 silos",
+        ),
+        (
+            changed("context_length: 4", "context_length: 36"),
+            "methods.promptfl: context_length is 36, but the text tower of fedrt-tiny has 40 positions, and class",
         ),
         (changed("batch_size: 8", "batch_size: 0"), "settings.iid with methods.zeroshot: training.local_epochs and"),
     ],
@@ -105,9 +124,53 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     ]
 
 
+def test_weights_images_methods_and_partitions_are_told_at_once(tmp_path: Path) -> None:
+    drawn = "{world: {scanners: [coarse], classes: 4, train_images: 6, test_images: 4}}"
+    other = f"  drawn:\n    data: {drawn}\n    partition: {{kind: pathological, silos: 5}}\n"
+    text = changed(WORLD, "data: {root: gone, layout: image_folder}\n").replace("embedded", "a/b.pt")
+    text = text.replace("name: zeroshot", "name: zero").replace("methods:", f"{other}methods:")
+    lines = complaint(tmp_path, text).splitlines()[1:]
+    told = ["methods.zeroshot:", "a/b.pt' does", "gone' does", "settings.drawn (seed 1): ", "settings.drawn (seed 2): "]
+    assert len(lines) == len(told), lines
+    assert all(said in line for line, said in zip(lines, told, strict=True)), lines
+
+
+def test_a_context_that_just_fits_is_no_mistake(tmp_path: Path) -> None:
+    path = lab_samples.write_lab(tmp_path, changed("context_length: 4", "context_length: 35"))
+    assert checked_plans(load_lab(path), path)
+
+
+def test_the_positions_of_the_embedded_text_tower_are_those_of_its_configuration() -> None:
+    document = json.loads(embedded_paths().config_path.read_text())
+    assert POSITIONS["fedrt-tiny"] == document["text_cfg"]["context_length"]
+
+
+def test_classes_that_become_the_same_prompt(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("Red_circle", "red circle", "blue star"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(4):
+                (folder / f"{number}.png").write_text(f"{split} {name} {number}")
+    text = changed(WORLD, "data: {root: images, layout: image_folder}\n")
+    said = "settings.iid: the classes 'Red_circle' and 'red circle' become the same prompt; give each a name of its own"
+    assert said in complaint(tmp_path, text)
+
+
+def test_more_silos_than_a_partition_has_are_told_before_its_images_are_there(tmp_path: Path) -> None:
+    text = changed(WORLD, "data: {root: ., torchvision: CIFAR10}\n")
+    assert "rounds.max_silos is 3, but" in complaint(tmp_path, text.replace("count: 4", "count: 4, max_silos: 3"))
+    path = lab_samples.write_lab(tmp_path, text.replace("count: 4", "count: 4, min_results: 2"))
+    assert checked_plans(load_lab(path), path)
+
+
 def test_what_every_seed_complains_of_is_told_for_each_setting_once(tmp_path: Path) -> None:
     text = changed("silos: 2}", "silos: 2, novel: half}").replace("length: 4", "length: 4, class_specific: true")
     assert complaint(tmp_path, text).count("learns something for each class") == 1
+
+
+def test_what_every_method_of_a_setting_shares_is_told_once(tmp_path: Path) -> None:
+    assert complaint(tmp_path, changed("count: 4", "count: 4, max_silos: 3")).count("max_silos") == 1
 
 
 def test_nothing_is_written_or_drawn(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reads a CSV manifest (path, label, perhaps split and domain) as spreadsheets write it: BOM, CRLF, semicolons, tabs."""
+"""Reads a CSV manifest (path, label, perhaps split and domain) as spreadsheets write it: BOM, CRLF, semicolons."""
 
 import csv
 import io

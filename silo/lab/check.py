@@ -162,16 +162,15 @@ def _same_prompts(dealt: Dealt) -> Iterator[str]:
 def _cell(lab: LabFile, cell: Cell, partition: PartitionSection, dealt: Dealt) -> Iterator[str]:
     """What stops one cell, in words of lab.yaml."""
     where = f"settings.{cell.setting} with methods.{cell.label}"
-    in_words = list(_rounds(lab, cell, len(dealt.holdings)))
-    in_words += [f"{where}: {problem}" for problem in (*_prompts(lab, cell, dealt), *_novel(cell, partition))]
-    yield from in_words
-    if in_words:
-        return
+    found = list(_rounds(lab, cell, len(dealt.holdings)))
     try:
-        file = experiment_of(cell, partition, dealt, lab.model.architecture, _UNKNOWN_WEIGHTS)
-        experiment_spec(file).local.tensors()
+        found += [f"{where}: {problem}" for problem in (*_prompts(lab, cell, dealt), *_novel(lab, cell, partition))]
+        if not found:
+            file = experiment_of(cell, partition, dealt, lab.model.architecture, _UNKNOWN_WEIGHTS)
+            experiment_spec(file).local.tensors()
     except SpecError as error:
-        yield f"{where}: {error}"
+        found.append(f"{where}: {error}")
+    yield from found
 
 
 def _rounds(lab: LabFile, cell: Cell, silos: int) -> Iterator[str]:
@@ -201,11 +200,13 @@ def _prompts(lab: LabFile, cell: Cell, dealt: Dealt) -> Iterator[str]:
         )
 
 
-def _novel(cell: Cell, partition: PartitionSection) -> Iterator[str]:
-    """A method that learns something for each class has nothing for new ones."""
-    method = declaration(cell.method)
-    few, more = (method.tensors(ModelDims(context_dim=8, feature_dim=8, class_count=count)) for count in (2, 3))
-    if partition.novel is not None and few != more:
+def _novel(lab: LabFile, cell: Cell, partition: PartitionSection) -> Iterator[str]:
+    """A method that learns something for each class has nothing for new ones. Raises `SpecError` like the method."""
+    if partition.novel is None:
+        return
+    method, dims = declaration(cell.method), clip_dims(lab.model.architecture)
+    few, more = (method.tensors(ModelDims(*dims, class_count=count)) for count in (2, 3))
+    if few != more:
         yield (
             f"method {cell.method.name!r} with these hyper-parameters learns something for each class, which novel "
             "classes lack; remove novel from the setting's partition, or class_specific from the method"

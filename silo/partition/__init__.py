@@ -3,7 +3,7 @@
 Nothing here imports torch, except for `torchvision_sets`, when it exports.
 """
 
-from silo.partition.collection import Collection, CollectionSection, Item, read_collection
+from silo.partition.collection import Collection, CollectionSection, Item, Layout, check_layout, read_collection
 from silo.partition.dealing import deal
 from silo.partition.figures import plot
 from silo.partition.holdings import Holding, Partition
@@ -16,8 +16,10 @@ __all__ = [
     "CollectionSection",
     "Holding",
     "Item",
+    "Layout",
     "Partition",
     "PartitionSection",
+    "check_layout",
     "deal",
     "plot",
     "read_collection",

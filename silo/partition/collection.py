@@ -97,11 +97,22 @@ class Collection:
         return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
+Layout = Literal["image_folder", "domain_folder", "manifest"]
+
+
+def check_layout(layout: Layout, manifest: Path | None) -> None:
+    """Raises `ValueError`, as a validator does, unless there is a manifest exactly if the layout is one."""
+    if layout == "manifest" and manifest is None:
+        raise ValueError("layout is 'manifest', but manifest is missing; add the path of the CSV file")
+    if layout != "manifest" and manifest is not None:
+        raise ValueError(f"manifest is set, but layout is '{layout}'; remove manifest or set layout: manifest")
+
+
 class CollectionSection(Section):
     """The data set that is dealt out to the silos."""
 
     root: LocalPath = Field(description="Directory of the images")
-    layout: Literal["image_folder", "domain_folder", "manifest"] = Field(
+    layout: Layout = Field(
         description="image_folder: <class>/<image> or <split>/<class>/<image>; domain_folder: the same below "
         "a directory per domain; manifest: a CSV file with path, label and optionally split and domain"
     )
@@ -116,10 +127,7 @@ class CollectionSection(Section):
 
     @model_validator(mode="after")
     def _manifest_goes_with_its_layout(self) -> Self:
-        if self.layout == "manifest" and self.manifest is None:
-            raise ValueError("layout is 'manifest', but manifest is missing; add the path of the CSV file")
-        if self.layout != "manifest" and self.manifest is not None:
-            raise ValueError(f"manifest is set, but layout is '{self.layout}'; remove manifest or set layout: manifest")
+        check_layout(self.layout, self.manifest)
         return self
 
 

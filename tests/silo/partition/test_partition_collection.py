@@ -14,10 +14,8 @@ from structlog.testing import capture_logs
 
 from fedrt.errors import ConfigurationError
 from silo.data.records import Split
-from silo.partition import Collection, CollectionSection, Item, deal, read_collection
+from silo.partition import Collection, CollectionSection, Item, Layout, check_layout, deal, read_collection
 from tests.silo.partition.drawn import BY_DOMAIN, KINDS, section
-
-Layout = str
 
 KINDS_AND_LAYOUTS = [
     *((kind, layout) for kind in KINDS for layout in ("domain_folder", "manifest")),
@@ -367,6 +365,23 @@ def test_a_directory_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: p
 def test_a_table_that_no_data_set_can_have_is_refused(items: tuple[Item, ...], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         Collection(Path("/data"), items)
+
+
+@pytest.mark.parametrize(
+    ("layout", "manifest", "words"),
+    [
+        ("manifest", None, "layout is 'manifest', but manifest is missing; add"),
+        ("domain_folder", Path("all.csv"), "manifest is set, but layout is 'domain_folder'; remove"),
+    ],
+)
+def test_a_manifest_goes_with_its_layout(layout: Layout, manifest: Path | None, words: str) -> None:
+    """For every file that has these keys, in the same words."""
+    check_layout("manifest", Path("all.csv"))
+    check_layout("image_folder", None)
+    with pytest.raises(ValueError, match=words):
+        check_layout(layout, manifest)
+    with pytest.raises(ValueError, match=words):
+        CollectionSection(root=Path("/data"), layout=layout, manifest=manifest)
 
 
 def test_without_a_test_share_nothing_can_be_dealt(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def perform(order: Order) -> int:
         again = chosen(wanted, order.again, "--again") if order.again else ()
         claim(lab)
         lock = locked(lab.directory)
-        _forget(lab.directory, again)
+        forget(lab.directory, again)
         try:
             failed = asyncio.run(_supervise(_run(order, lab, plans, wanted, console)))
         finally:
@@ -110,7 +110,7 @@ def plans_of(lab: LabFile, order: Order) -> tuple[Sequence[FederationPlan], Sequ
     return plans, wanted
 
 
-def _forget(directory: Path, plans: Sequence[FederationPlan]) -> None:
+def forget(directory: Path, plans: Sequence[FederationPlan]) -> None:
     """Have these cells run anew, in new experiments, however often the run is interrupted. Raises `StorageError`."""
     for plan in plans:
         for cell in plan.cells:

@@ -6,6 +6,9 @@ import lab_samples
 import pytest
 
 from silo.lab.attempts import Attempt, attempt_at, forget_attempts, read_attempt, write_attempt
+from silo.lab.grid import chosen
+from silo.lab.perform import forget
+from silo.lab.records import read_cells, write_cell
 
 NOW = "ab" * 32
 
@@ -52,3 +55,17 @@ def test_a_note_that_cannot_be_understood_is_none(tmp_path: Path) -> None:
     write_attempt(tmp_path, "cell", Attempt(experiment="cell", method_digest=NOW))
     (tmp_path / "attempts" / "cell.json").write_text("{")
     assert read_attempt(tmp_path, "cell") is None
+
+
+def test_cells_that_are_run_again_lose_their_file_and_their_attempts_everywhere(tmp_path: Path) -> None:
+    lab, plans = lab_samples.read(tmp_path)
+    again, kept = plans[0].cells
+    places = [lab.directory / "work" / f"{plans[0].name}-{digits}" for digits in ("0123abcd", "abcd0123")]
+    for cell in (again, kept):
+        write_cell(lab.directory, cell, lab_samples.record(cell))
+        for place in places:
+            write_attempt(place, cell.cell_id, Attempt(experiment=cell.cell_id, method_digest=NOW))
+    forget(lab.directory, chosen(plans[:1], ("iid/zeroshot",), "--again"))
+    assert list(read_cells(lab.directory, [again, kept])) == [kept.cell_id]
+    for place in places:
+        assert (read_attempt(place, again.cell_id), read_attempt(place, kept.cell_id) is None) == (None, False)

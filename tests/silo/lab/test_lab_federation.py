@@ -3,6 +3,7 @@
 import asyncio
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,7 @@ class Trial:
     def given(self, **changed: Any) -> Given:
         images = CollectionSection(root=self.place.root, layout="image_folder")
         cell_ids = frozenset(cell.cell_id for cell in self.plan.cells)
-        given = {"images": images, "dealt": DEALT, "weights": "0" * 64, "method_digests": METHODS, "cell_ids": cell_ids}
-        return Given(**(given | changed))
+        return replace(Given(images, DEALT, "0" * 64, METHODS, cell_ids), **changed)
 
     def run(self, cell: Cell, given: Given | None = None) -> CellRecord | None:
         one = Federation(self.lab, self.plan, given or self.given())

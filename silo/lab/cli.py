@@ -8,6 +8,7 @@ import typer
 
 from fedrt.command_line import Commands
 from fedrt.daemon import prepare_grpc
+from fedrt.log import configure_logging
 
 app = typer.Typer(
     cls=Commands,
@@ -97,6 +98,7 @@ def schema() -> None:
 
 def main() -> None:
     """The console script."""
+    configure_logging("warning", "console")  # to stderr, like every daemon's
     app()
 
 

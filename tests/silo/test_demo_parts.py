@@ -132,7 +132,7 @@ def test_a_launched_program_dies_with_its_parent() -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         number = int(parent.stdout.readline())
-        _until(lambda: psutil.Process(number).cmdline()[-1] == "import time; time.sleep(60)")
+        _until(lambda: psutil.Process(number).cmdline()[-1:] == ["import time; time.sleep(60)"])
         os.kill(parent.pid, signal.SIGKILL)
     _until(lambda: not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE)
 

@@ -40,6 +40,12 @@ from silo.worker_frames import Load
 
 UNKNOWN_IN_LOG = 50
 TOWERS = 4  # class lists whose text towers are kept: an experiment and its novel classes, and another one
+SPLITS = {
+    EvaluationSplit.PERSONAL: Split.TEST,
+    EvaluationSplit.BASE: Split.BASE,
+    EvaluationSplit.NOVEL: Split.NOVEL,
+    EvaluationSplit.DOMAIN: Split.DOMAIN,
+}
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +72,6 @@ def _on_device(source: ModelSource) -> ModelSource:
     if source.device != "auto":
         return source
     return dataclasses.replace(source, device="cuda" if torch.cuda.is_available() else "cpu")
-
-
-SPLITS = {
-    EvaluationSplit.PERSONAL: Split.TEST,
-    EvaluationSplit.BASE: Split.BASE,
-    EvaluationSplit.NOVEL: Split.NOVEL,
-    EvaluationSplit.DOMAIN: Split.DOMAIN,
-}
 
 
 class Workbench:

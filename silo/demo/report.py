@@ -68,7 +68,7 @@ _MEANINGS = {
     "Heartbeat": "that the silo is alive",
     "TaskReply": "that it takes a task, or why not",
     "TaskProgress": "steps done",
-    "TaskResult": "number of images, loss, accuracy",
+    "TaskResult": "number of images, loss, accuracy, macro-F1, AUROC, calibration error",
     "PayloadChunk": "the bytes of the tensors below",
     "Drain": "that it is stopping",
 }

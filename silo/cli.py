@@ -84,7 +84,7 @@ def partition(
             try:
                 parts.plot(dealt, plot)
             except ImportError as error:
-                raise ConfigurationError("--plot needs matplotlib; run: pip install 'fedrt[demo]'") from error
+                raise ConfigurationError("--plot needs matplotlib; run: pip install 'fedrt[lab]'") from error
         return dealt
 
     dealt = _or_exit(act)

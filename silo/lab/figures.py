@@ -50,7 +50,7 @@ def draw_figures(
 def check_drawing() -> None:
     """Raise `ConfigurationError` unless figures can be drawn here; looked at before a run, not after it."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigurationError("figures need matplotlib, which is not installed; run: pip install 'fedrt[demo]'")
+        raise ConfigurationError("figures need matplotlib, which is not installed; run: pip install 'fedrt[lab]'")
 
 
 def figures_directory(directory: Path) -> Path:

@@ -151,6 +151,8 @@ def test_several_contexts_start_from_the_words_with_noise(clip: FrozenClip, root
     assert not np.array_equal(noise[0], noise[1])
     again = bench(clip, root).perform(order(spec, TaskKind.INITIALIZE, seed=9), quiet)
     assert again.shared["context"].tobytes() == outcome.shared["context"].tobytes()
+    other = bench(clip, root).perform(order(dataclasses.replace(spec, seed=2), TaskKind.INITIALIZE), quiet)
+    assert other.shared["context"].tobytes() != outcome.shared["context"].tobytes()
 
 
 def test_initial_values_without_a_phrase_are_those_of_every_machine(clip: FrozenClip, root: Path) -> None:
@@ -266,6 +268,14 @@ def test_unknown_labels_are_listed_in_the_log_and_counted_for_the_coordinator(
     assert caught.value.reason is FailureReason.DATA_UNAVAILABLE
     assert "Jane" not in str(caught.value)
     assert "label 'Jane Doe' is no class of the experiment" in caplog.text
+
+
+def test_an_unknown_label_among_the_test_images_shows_in_training(clip: FrozenClip, tmp_path: Path) -> None:
+    for split, label in (("train", "red triangle"), ("test", "red triangle"), ("test", "Jane Doe")):
+        (tmp_path / split / label).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / split / label / "0.png")
+    with pytest.raises(WorkError, match="1 of this silo's 2 labels"):
+        bench(clip, tmp_path).perform(order(local(clip)), quiet)
 
 
 def test_without_test_examples_there_is_nothing_to_evaluate(clip: FrozenClip, root: Path) -> None:
@@ -391,6 +401,7 @@ def test_virtual_silos_hold_what_is_theirs(clip: FrozenClip, root: Path) -> None
     )
     truncate(root / "Blue_Square" / "3.png")
     work = Workbench(clip, FeatureCache(clip, {"blue": blue, "red": red}, {"blue": 0.0, "red": 0.0}))
+    assert (work.report().of("blue").example_count, work.report().unreadable_count) == (10, 0)
     spec = dataclasses.replace(local(clip), classes=("red triangle", "green circle"))
     assert work.perform(dataclasses.replace(order(spec), silo="red"), quiet).example_count == 10
     with pytest.raises(WorkError, match="no class in common"):

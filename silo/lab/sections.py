@@ -1,7 +1,7 @@
 """What lab.yaml says: the data, and the settings, methods and seeds whose combinations are run."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -9,12 +9,11 @@ from fedrt.config import LocalPath, PartyName, Section, json_schema, load_yaml
 from fedrt.experiment_file import MethodSection, RoundsSection, TrainingSection, experiment_schema
 from silo.config import ModelSection, Text
 from silo.lab.world import WorldSection
-from silo.partition.collection import CollectionSection
+from silo.partition.collection import CollectionSection, Layout, check_layout
 from silo.partition.sections import PartitionSection
 from silo.partition.torchvision_sets import SETS
 from silo.sources import DataSource
 
-Layout = Literal["image_folder", "domain_folder", "manifest"]
 MAX_ID_CHARACTERS = 60  # of an experiment's name, less room for "-2" where it is tried again
 DIGEST_CHARACTERS = 8
 
@@ -61,8 +60,7 @@ class LabData(Section):
         """The section of a folder. Raises `ValueError` for other data, and for a manifest without its layout."""
         if self.root is None or self.layout is None:
             raise ValueError("these data are no folder yet")
-        if (self.layout == "manifest") != (self.manifest is not None):
-            raise ValueError("layout manifest and the key manifest go together; set both or none")
+        check_layout(self.layout, self.manifest)
         return self.folder(self.root, self.layout)
 
     def folder(self, root: Path, layout: Layout) -> CollectionSection:

@@ -58,7 +58,10 @@ WORLD = LAB[LAB.index("data:") : LAB.index("training:")]
             changed(WORLD, "data: {root: x, torchvision: CIFAR1000}\n"),
             "'CIFAR1000' is not known here; known are CIFAR10,",
         ),
-        (changed(WORLD, "data: {root: x, layout: manifest}\n"), "layout manifest and the key manifest go together"),
+        (
+            changed(WORLD, "data: {root: x, layout: manifest}\n"),
+            "layout is 'manifest', but manifest is missing; add the path of the CSV file",
+        ),
         (changed("    test_images: 4\n", "    test_images: 4\n  root: x\n"), "root is set beside world"),
         (
             changed("[tinted, coarse]", "[tinted, course]"),

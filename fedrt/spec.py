@@ -14,6 +14,7 @@ from fedrt.tensors import TensorSpec
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 MAX_CLASSES = 100_000
 MAX_COUNT = 1_000_000
+MAX_VIEWS = 10_000
 
 
 class Precision(enum.Enum):
@@ -93,15 +94,22 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """Local training in one round. The last, smaller batch of an epoch is used, not dropped."""
+    """Local training in one round. The last, smaller batch of an epoch is used, not dropped.
+
+    With `views` k, each image has k augmented views, random crops and flips fixed by its content, and local epoch e of
+    the whole experiment trains on view e mod k; 0 trains on the images as evaluation sees them.
+    """
 
     local_epochs: int = 1
     batch_size: int = 32
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     schedule: Schedule = Schedule.CONSTANT
     precision: Precision = Precision.FP32
+    views: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.views <= MAX_VIEWS:
+            raise SpecError(f"training.views is {self.views}; it must be between 0 and {MAX_VIEWS}")
         if not (0 < self.local_epochs <= MAX_COUNT and 0 < self.batch_size <= MAX_COUNT):
             raise SpecError(f"training.local_epochs and training.batch_size must be between 1 and {MAX_COUNT}")
 

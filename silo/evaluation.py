@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from fedrt.errors import FailureReason, WorkError
+from silo.examples import Examples
 from silo.measures import measures
 from silo.method import Classifier
-from silo.training import Examples
 
 BATCH = 1024  # images at a time
 PATCHES_BATCH = 256  # where patches make the intermediates large
@@ -21,7 +21,7 @@ def evaluate(classifier: Classifier, examples: Examples, batch: int | None = Non
     count = len(examples)
     if count == 0:
         raise WorkError(FailureReason.DATA_UNAVAILABLE, "there are no examples to evaluate")
-    size = batch or (BATCH if examples.table.patches is None else PATCHES_BATCH)
+    size = batch or (PATCHES_BATCH if examples.table.has_patches else BATCH)
     parts: list[Tensor] = []
     for at in range(0, count, size):
         parts.append(classifier(examples.batch(slice(at, at + size)).images))

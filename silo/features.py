@@ -19,8 +19,8 @@ from silo.clip.model import FrozenClip
 from silo.data import DataIndex, Record, Split
 from silo.data.images import UnreadableImage, check_header, read_image
 from silo.data.records import count_classes
+from silo.examples import Examples
 from silo.method import ImageFeatures
-from silo.training import Examples
 
 OnImages = Callable[[int, int], None]  # (images done, images in all)
 

@@ -18,6 +18,15 @@ class ImageFeatures(NamedTuple):
     pooled: Tensor
     patches: Tensor | None
 
+    @property
+    def has_patches(self) -> bool:
+        """Whether there are patches."""
+        return self.patches is not None
+
+    def take(self, rows: Tensor | slice) -> "ImageFeatures":
+        """The features of some of the images; this makes it a `silo.examples.FeatureTable`."""
+        return ImageFeatures(self.pooled[rows], None if self.patches is None else self.patches[rows])
+
 
 class Batch(NamedTuple):
     """B images with labels [B], indices into the experiment's classes."""

@@ -19,30 +19,9 @@ from torch import Tensor
 from fedrt.errors import FailureReason, WorkError
 from fedrt.spec import OptimizerName, OptimizerSpec, Precision, Schedule, TrainingSpec
 from fedrt.tensors import Scope, TensorSpec
-from silo.method import Batch, ImageFeatures, LocalMethod, Params
+from silo.examples import Examples
+from silo.method import Batch, LocalMethod, Params
 from silo.work import OnProgress
-
-
-@dataclass(frozen=True)
-class Examples:
-    """N images of one silo as rows [N] of a table of features, and their labels [N]; all on one device.
-
-    A label is an index into the experiment's classes, or those of an evaluation split. The table may hold the images of
-    other splits, and of other silos on the same host.
-    """
-
-    table: ImageFeatures
-    rows: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
-    def batch(self, chosen: Tensor | slice) -> Batch:
-        """The examples with these indices."""
-        rows, patches = self.rows[chosen], self.table.patches
-        images = ImageFeatures(self.table.pooled[rows], None if patches is None else patches[rows])
-        return Batch(images, self.labels[chosen])
 
 
 @dataclass(frozen=True)

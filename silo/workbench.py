@@ -30,11 +30,12 @@ from silo.clip.text import ClipTextTower
 from silo.data import Split, index
 from silo.data.labels import match_classes
 from silo.evaluation import evaluate
+from silo.examples import Examples
 from silo.features import FeatureCache
 from silo.method import Classifier, LocalMethod, Params
 from silo.methods import find_local_method, local_method_names
 from silo.sources import ModelSource
-from silo.training import Examples, Plan, RoundPosition, Start, train
+from silo.training import Plan, RoundPosition, Start, train
 from silo.work import OWN, OnProgress, WorkerReport, WorkOrder, WorkOutcome
 from silo.worker_frames import Load
 

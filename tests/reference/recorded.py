@@ -17,9 +17,10 @@ from fedrt.spec import OptimizerSpec, TrainingSpec
 from fedrt.tensors import Scope
 from silo.clip import ClipTextTower, FrozenClip
 from silo.clip.tokens import Vocabulary
+from silo.examples import Examples
 from silo.method import Batch, LocalMethod
 from silo.methods import find_local_method
-from silo.training import Examples, OptimizerState, Plan, RoundPosition, Start, Trained, make_optimizer, train
+from silo.training import OptimizerState, Plan, RoundPosition, Start, Trained, make_optimizer, train
 
 FOLDER = Path(__file__).parents[2].parent / "shared" / "reference" / "values"
 SGD = OptimizerSpec(learning_rate=0.005, momentum=0.9, weight_decay=0.05)  # of every recorded case

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fedrt.errors import FailureReason, WorkError
 from silo.evaluation import BATCH, PATCHES_BATCH, evaluate
+from silo.examples import Examples
 from silo.measures import measures
 from silo.method import Batch, Classifier, ImageFeatures, LocalMethod, Params
-from silo.training import Examples
 
 
 def never(params: Params, received: Params, batch: Batch) -> Tensor:

@@ -14,9 +14,10 @@ from fedrt.context import ClassPosition
 from fedrt.spec import TrainingSpec
 from fedrt.tensors import Phrase, Scope
 from silo.clip import FrozenClip, load_clip
+from silo.examples import Examples
 from silo.methods import BUILT_IN, find_local_method
 from silo.sources import ModelSource
-from silo.training import Examples, Plan, RoundPosition, Start, train
+from silo.training import Plan, RoundPosition, Start, train
 
 OPTIONS: list[dict[str, Any]] = [
     {},

@@ -11,8 +11,9 @@ from torch import Tensor
 from fedrt.errors import FailureReason, WorkError
 from fedrt.spec import OptimizerName, OptimizerSpec, Precision, Schedule, TrainingSpec
 from fedrt.tensors import Scope, TensorSpec
+from silo.examples import Examples
 from silo.method import Batch, Classifier, ImageFeatures, LocalMethod, Params, Prepare
-from silo.training import Examples, Plan, RoundPosition, Start, Trained, descend, learning_rate, train
+from silo.training import Plan, RoundPosition, Start, Trained, descend, learning_rate, train
 
 SPECS = (TensorSpec("context", (2,), Scope.SHARED), TensorSpec("own", (2,), Scope.PRIVATE))
 Loss = Callable[[Params, Params, Batch], Tensor]

@@ -14,9 +14,10 @@ from fedrt.method import Method, ModelDims
 from fedrt.methods import make_method
 from fedrt.spec import OptimizerSpec, TrainingSpec
 from fedrt.tensors import Scope
+from silo.examples import Examples
 from silo.method import Batch, ImageFeatures, LocalMethod, TextTower
 from silo.methods import find_local_method
-from silo.training import Examples, Plan, RoundPosition, Start, Trained, train
+from silo.training import Plan, RoundPosition, Start, Trained, train
 
 DIMS = ModelDims(context_dim=6, feature_dim=4, class_count=3)
 WEIGHT = {ClassPosition.END: 1.0, ClassPosition.MIDDLE: 2.0, ClassPosition.FRONT: 3.0}

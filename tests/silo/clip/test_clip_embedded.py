@@ -16,9 +16,9 @@ from silo.clip import architecture, load_clip, weights
 from silo.clip.tokens import Vocabulary
 from silo.embedded import EmbeddedPaths, embedded_paths
 from silo.evaluation import evaluate
+from silo.examples import Examples
 from silo.methods import zeroshot
 from silo.sources import ModelSource
-from silo.training import Examples
 
 TINY = ModelSource("fedrt-tiny", "embedded")
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.5]

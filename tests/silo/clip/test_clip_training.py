@@ -11,9 +11,10 @@ from fedrt.methods.promptfl import PromptFL
 from fedrt.spec import OptimizerSpec, Precision, TrainingSpec
 from silo.clip import FrozenClip
 from silo.evaluation import evaluate
+from silo.examples import Examples
 from silo.method import ImageFeatures
 from silo.methods import promptfl
-from silo.training import Examples, Plan, RoundPosition, Start, Trained, train
+from silo.training import Plan, RoundPosition, Start, Trained, train
 
 NAMES = ("dog", "ice cream", "St. Bernard")
 METHOD = PromptFL(context_length=4)

@@ -18,6 +18,17 @@ from silo.embedded import embedded_paths
 
 TINY = "fedrt-tiny"
 FULL_VOCABULARY_SIZE = 49408
+# options of open_clip that `silo.clip.text_engine` does not know; no published architecture with CLIP's tokens has one
+OWN_PARTS = (
+    "block_type",
+    "embed_cls",
+    "qk_norm",
+    "scale_attn",
+    "scale_attn_inner",
+    "scale_fc",
+    "scale_heads",
+    "scaled_cosine_attn",
+)
 
 
 @dataclass(frozen=True)
@@ -88,4 +99,6 @@ def _unsupported(config: Mapping[str, Any]) -> str | None:
         return "its tokeniser is not CLIP's"
     if text.get("no_causal_mask") or text.get("pool_type", "argmax") != "argmax":
         return "its text tower is not causal with the feature at the end token"
+    if own := sorted(option for option in OWN_PARTS if text.get(option)):
+        return f"its text tower has parts that CLIP's lacks ({', '.join(own)})"
     return None

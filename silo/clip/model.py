@@ -1,19 +1,23 @@
 """A frozen CLIP on one device: image features, the text tower for class names, and token embeddings of phrases."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from open_clip.model import CLIP
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg
 from PIL.Image import Image
 from torch import Tensor
 
 from fedrt.errors import ConfigurationError, FailureReason, WorkError
 from silo.clip.architecture import Architecture, find_architecture
 from silo.clip.images import has_patches, image_features
-from silo.clip.text import ClipTextTower, embed
+from silo.clip.text import ClipTextTower
+from silo.clip.text_engine import TextEngine
 from silo.clip.tokens import Vocabulary
+from silo.clip.views import Preprocessing
 from silo.clip.weights import (
     WeightsFile,
     file_sha256,
@@ -24,6 +28,8 @@ from silo.clip.weights import (
 )
 from silo.method import ImageFeatures
 from silo.sources import ModelSource
+
+ACTIVATION_SHARE = 0.25  # of the memory of the GPU, or of the machine, that a training step may hold in the text tower
 
 
 def load_clip(source: ModelSource) -> "FrozenClip":
@@ -50,13 +56,13 @@ def load_clip(source: ModelSource) -> "FrozenClip":
 
 @dataclass(frozen=True, eq=False)
 class FrozenClip:
-    """`preprocess` turns an RGB image into [3, H, W]: resized (bicubic, short side), cropped, normalised."""
+    """`preprocess` turns an RGB image into the pixels [3, H, W] that `encode_images` takes."""
 
     architecture: str
     weights_sha256: str  # hexadecimal, of the weights file
     model: CLIP
     vocabulary: Vocabulary
-    preprocess: Callable[[Image], Tensor]
+    preprocess: Preprocessing
 
     @property
     def context_dim(self) -> int:
@@ -87,6 +93,15 @@ class FrozenClip:
         """Whether methods that need patch features can run."""
         return has_patches(self.model)
 
+    @property
+    def preprocessing_digest(self) -> str:
+        """SHA-256, hexadecimal, of what pixels depend on beside the image file, in augmented views too."""
+        return self.preprocess.digest
+
+    def augment(self, image: Image, content_digest: str, view: int) -> Tensor:
+        """Pixels [3, H, W] of an augmented view, counted from 1, of the image whose file has this SHA-256 digest."""
+        return self.preprocess.augment(image, content_digest, view)
+
     def encode_images(self, images: Tensor, patches: bool) -> ImageFeatures:
         """Unit-norm features of prepared images [B, 3, H, W]: pooled [B, D], patches [B, M, D] if asked for.
 
@@ -99,7 +114,13 @@ class FrozenClip:
 
     def text_tower(self, class_names: Sequence[str]) -> ClipTextTower:
         """The text tower bound to class names. Raises `WorkError` if a name cannot be spelled or is too long."""
-        return ClipTextTower(self.model, self.vocabulary, class_names)
+        return ClipTextTower(self.text_engine, self.vocabulary, class_names)
+
+    @cached_property
+    def text_engine(self) -> TextEngine:
+        """What runs the text tower for any class names, with weights of its own."""
+        limit = int(memory_bytes(self.device) * ACTIVATION_SHARE)
+        return TextEngine(self.model, self.vocabulary.start, limit)
 
     def embed_phrase(self, text: str, length: int) -> Tensor:
         """Token embeddings [L, E] of a phrase. Raises `WorkError` unless it has exactly `length` tokens."""
@@ -110,7 +131,7 @@ class FrozenClip:
                 f"the phrase {text!r} has {len(rows)} tokens, but the context has {length}; "
                 f"set the context length to {len(rows)} or choose another phrase",
             )
-        return embed(self.model, torch.tensor(rows, device=self.device))
+        return self.text_engine.embed(torch.tensor(rows, device=self.device))
 
 
 def find_device(name: str) -> torch.device:
@@ -132,7 +153,13 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", int(number or 0))
 
 
-def _preprocess(architecture: Architecture, weights: WeightsFile, model: CLIP) -> Callable[[Image], Tensor]:
+def memory_bytes(device: torch.device) -> int:
+    """Of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _preprocess(architecture: Architecture, weights: WeightsFile, model: CLIP) -> Preprocessing:
     fields = {**architecture.preprocess, **weights.preprocess, "size": model.visual.image_size}
-    transform: Callable[[Image], Tensor] = image_transform_v2(PreprocessCfg(**fields), is_train=False)
-    return transform
+    return Preprocessing(PreprocessCfg(**fields))

@@ -1,20 +1,19 @@
-"""CLIP's frozen text tower, bound to class names: class features of learnable contexts, exact and plain.
+"""CLIP's frozen text tower, bound to class names: class features of learnable contexts, exact and fast.
 
-A prompt is [start, context, class name, '.', end]. Attention is causal, so everything after the last end token is cut:
-no feature depends on it. Gradients flow to the context only. A faster engine may take the place of `ClipTextTower`;
-this one says what it must compute.
+A prompt is [start, context, class name, '.', end]. How its tokens are laid out so that none is computed twice is
+`silo.clip.packing`'s business, and what is computed of them `silo.clip.text_engine`'s.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from open_clip.model import CLIP
 from torch import Tensor
 
 from fedrt.context import ClassPosition
 from fedrt.errors import FailureReason, WorkError
+from silo.clip.packing import pack
+from silo.clip.text_engine import Arrangement, TextEngine
 from silo.clip.tokens import Vocabulary, unknown_words_error
 
 HANDCRAFTED = "a photo of a"
@@ -31,23 +30,19 @@ class _ClassTokens:
 
 
 class ClipTextTower:
-    """Implements `silo.method.TextTower` with open_clip's own modules.
+    """Implements `silo.method.TextTower`.
 
     Raises `WorkError` when built if a class name cannot be spelled or leaves no room for a context.
     """
 
-    def __init__(self, model: CLIP, vocabulary: Vocabulary, class_names: Sequence[str]) -> None:
-        self._model = model
+    def __init__(self, engine: TextEngine, vocabulary: Vocabulary, class_names: Sequence[str]) -> None:
+        self._engine = engine
         self._classes = _tokenise(vocabulary, class_names)
         self._vocabulary = vocabulary
         self._check_length(1)
-        device = model.token_embedding.weight.device
-        longest = max(len(entry.rows) for entry in self._classes)
-        rows = [entry.rows + (vocabulary.end,) * (longest - len(entry.rows)) for entry in self._classes]
-        self._suffix = embed(model, torch.tensor(rows, device=device))  # [C, S, E]
-        self._start = embed(model, torch.tensor([vocabulary.start], device=device))  # [1, E]
         self._constants: dict[tuple[str, ClassPosition], Tensor] = {}  # features of fixed phrases
-        self._scale: Tensor = model.logit_scale.detach().exp().reshape(())
+        self._arrangements: dict[tuple[int, ClassPosition, bool], Arrangement] = {}
+        self._scale = engine.logit_scale
 
     @property
     def logit_scale(self) -> Tensor:
@@ -59,13 +54,12 @@ class ClipTextTower:
     ) -> Tensor:
         """Unit-norm features [..., C, D] of a context [..., L, E] that all classes share.
 
-        With `class_specific`, of one context per class, [..., C, L, E]. Raises `WorkError` if a prompt does not fit
-        into the model's context length.
+        With `class_specific`, of one context per class, [..., C, L, E]. Under autocast the products of matrices are in
+        its element type. Raises `WorkError` if a prompt does not fit into the model's context length.
         """
-        if not class_specific:
-            *leading, length, width = context.shape
-            context = context.unsqueeze(-3).expand(*leading, len(self._classes), length, width)
-        return self._encode(context, position)
+        device = self._engine.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        return self._encode(context, position, class_specific, dtype)
 
     def handcrafted(self) -> Tensor:
         """Unit-norm features [C, D] of "a photo of a {class}.", without gradient; always the same tensor."""
@@ -85,48 +79,44 @@ class ClipTextTower:
         return self._constant(" ".join([PLACEHOLDER] * length), position)
 
     def _constant(self, phrase: str, position: ClassPosition) -> Tensor:
-        """Computed once, in the model's own precision, whatever autocast the first caller trains under.
-
-        It serves later experiments as well.
-        """
+        """Computed once, in float32, whatever autocast the first caller trains under. It serves later experiments."""
         key = (phrase, position)
         if key not in self._constants:
-            device = self._start.device
-            rows = embed(self._model, torch.tensor(self._vocabulary.encode(phrase), device=device))
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                self._constants[key] = self._encode(rows.expand(len(self._classes), -1, -1), position)
+            rows = torch.tensor(self._vocabulary.encode(phrase), device=self._engine.device)
+            with torch.no_grad():
+                self._constants[key] = self._encode(self._engine.embed(rows), position, False, torch.float32)
         return self._constants[key]
 
-    def _encode(self, context: Tensor, position: ClassPosition) -> Tensor:
-        *leading, classes, length, width = context.shape
-        if classes != len(self._classes) or width != self._suffix.shape[-1]:
-            raise ValueError(f"context has shape {tuple(context.shape)}; this tower has {self._suffix.shape[-1]} wide "
+    def _encode(self, context: Tensor, position: ClassPosition, class_specific: bool, dtype: torch.dtype) -> Tensor:
+        axes = (len(self._classes),) if class_specific else ()
+        *leading, length, width = context.shape
+        kept = len(leading) - len(axes)
+        if width != self._engine.width or tuple(leading[kept:]) != axes:
+            raise ValueError(f"context has shape {tuple(context.shape)}; this tower has {self._engine.width} wide "
                              f"tokens and {len(self._classes)} classes")  # fmt: skip
-        self._check_length(length)
-        flat = context.reshape(-1, classes, length, width)
-        start = self._start.expand(*flat.shape[:2], -1, -1)
-        suffix = self._suffix.expand(flat.shape[0], -1, -1, -1)
-        prompts = torch.cat([start, flat, suffix], dim=2)  # [G, C, T, E]
-        if position is not ClassPosition.END:
-            order = self._order(length, position)  # [C, T]
-            prompts = prompts[:, torch.arange(classes, device=order.device)[:, None], order]
-        ends = torch.tensor([length + len(entry.rows) for entry in self._classes], device=context.device)
-        raw = prompt_features(self._model, prompts.flatten(0, 1), ends.repeat(flat.shape[0]))
-        return F.normalize(raw, dim=-1).reshape(*leading, classes, -1)
+        key = (length, position, class_specific)
+        if key not in self._arrangements:
+            self._check_length(length)
+            self._arrangements[key] = self._arrange(*key)
+        arrangement = self._arrangements[key]
+        features = self._engine.features(context.reshape(-1, arrangement.row_count, width), arrangement, dtype)
+        return features.reshape(*leading[:kept], *features.shape[1:])
 
-    def _order(self, length: int, position: ClassPosition) -> Tensor:
-        """For each class and place [C, T]: which token of [start, context, name, rest] stands there."""
-        before = length // 2 if position is ClassPosition.MIDDLE else 0
-        total = 1 + length + self._suffix.shape[1]
-        orders = []
-        for entry in self._classes:
-            name = range(1 + length, 1 + length + entry.name_length)
-            rest = range(1 + length + entry.name_length, total)
-            orders.append([*range(1 + before), *name, *range(1 + before, 1 + length), *rest])
-        return torch.tensor(orders, device=self._start.device)
+    def _arrange(self, length: int, position: ClassPosition, class_specific: bool) -> Arrangement:
+        """How prompts with a context of this length are computed; the rows of a class's own context stand together."""
+        before = {ClassPosition.FRONT: 0, ClassPosition.MIDDLE: length // 2, ClassPosition.END: length}[position]
+        shared = 0 if class_specific else before
+        paths = []
+        for number, entry in enumerate(self._classes):
+            offset = number * length if class_specific else 0
+            context = [~(offset + row) for row in range(length)]
+            name, rest = entry.rows[: entry.name_length], entry.rows[entry.name_length :]
+            paths.append([*context[shared:before], *name, *context[before:], *rest])
+        row_count = length * len(paths) if class_specific else length
+        return self._engine.arrange(pack(paths, 1 + shared), shared, row_count)
 
     def _check_length(self, length: int) -> None:
-        limit = int(self._model.positional_embedding.shape[0])
+        limit = self._engine.context_length
         longest = max(self._classes, key=lambda entry: len(entry.rows))
         needed = 1 + length + len(longest.rows)
         if needed > limit:
@@ -136,22 +126,6 @@ class ClipTextTower:
                 f"{longest.name_length} of the name, '.', end), but the model's context length is {limit}; "
                 "shorten the name or the context",
             )
-
-
-def embed(model: CLIP, rows: Tensor) -> Tensor:
-    """The frozen token embeddings of rows [...], as [..., E]."""
-    return F.embedding(rows, model.token_embedding.weight.detach())
-
-
-def prompt_features(model: CLIP, prompts: Tensor, ends: Tensor) -> Tensor:
-    """Features [P, D], not normalised, of embedded prompts [P, T, E] whose end tokens stand at `ends` [P]."""
-    length = prompts.shape[1]
-    x = prompts + model.positional_embedding[:length]
-    x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
-    x = model.ln_final(x[torch.arange(x.shape[0], device=x.device), ends])
-    projection = model.text_projection
-    features: Tensor = projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
-    return features
 
 
 def _tokenise(vocabulary: Vocabulary, class_names: Sequence[str]) -> tuple[_ClassTokens, ...]:

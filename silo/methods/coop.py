@@ -7,7 +7,7 @@ arXiv:2109.01134.
 from torch import Tensor
 
 from fedrt.context import LearnedContext
-from silo.contexts import class_features
+from silo.contexts import class_features, class_logits
 from silo.method import Classifier, ImageFeatures, LocalMethod, Params, TextTower, cross_entropy
 
 
@@ -21,7 +21,7 @@ def build(method: LearnedContext, text: TextTower) -> LocalMethod:
         features = class_features(text, method, params["context"])[0].mean(0)  # [C, D]
 
         def logits(images: ImageFeatures) -> Tensor:
-            return text.logit_scale * images.pooled @ features.T  # [B, C]
+            return class_logits(text, images, features)
 
         return logits
 

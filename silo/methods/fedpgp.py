@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedrt.methods.fedpgp import FedPGP
-from silo.contexts import class_features
+from silo.contexts import class_features, class_logits
 from silo.method import Batch, Classifier, ImageFeatures, LocalMethod, Params, TextTower, cross_entropy
 
 
@@ -38,7 +38,7 @@ def build(method: FedPGP, text: TextTower) -> LocalMethod:
         mean = features.mean(0)  # [N, C, D] -> [C, D]
 
         def logits(images: ImageFeatures) -> Tensor:
-            return text.logit_scale * images.pooled @ mean.T  # [B, C]
+            return class_logits(text, images, mean)
 
         return logits
 

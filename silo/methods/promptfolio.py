@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedrt.methods.promptfolio import PUBLISHED_SHARE, PromptFolio
-from silo.contexts import class_features
+from silo.contexts import class_features, class_logits
 from silo.method import Batch, Classifier, ImageFeatures, LocalMethod, Params, TextTower, cross_entropy
 
 SLICE = 1024  # images at a time
@@ -35,7 +35,7 @@ def build(method: PromptFolio, text: TextTower) -> LocalMethod:
         mixed = (1 - share) * both[0] + share * both[1]  # [C, D]
 
         def logits(images: ImageFeatures) -> Tensor:
-            return text.logit_scale * images.pooled @ mixed.T  # [B, C]
+            return class_logits(text, images, mixed)
 
         return logits
 

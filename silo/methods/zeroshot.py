@@ -7,6 +7,7 @@ arXiv:2103.00020.
 from torch import Tensor
 
 from fedrt.methods.zeroshot import ZeroShot
+from silo.contexts import class_logits
 from silo.method import Classifier, ImageFeatures, LocalMethod, Params, TextTower, cross_entropy
 
 
@@ -15,7 +16,7 @@ def build(method: ZeroShot, text: TextTower) -> LocalMethod:
 
     def classify(_params: Params) -> Classifier:
         def logits(images: ImageFeatures) -> Tensor:
-            return text.logit_scale * images.pooled @ text.handcrafted().T  # [B, C]
+            return class_logits(text, images, text.handcrafted())
 
         return logits
 

@@ -6,20 +6,16 @@ from recorded import Reference, close, settings, values
 from torch import Tensor
 
 from fedrt.methods.zeroshot import ZeroShot
-from silo.clip.text import embed, prompt_features
 
 
 def template_features(reference: Reference, template: str) -> Tensor:
-    """Features, not normalised, of one template for all classes, through the text tower's own functions."""
-    vocabulary = reference.clip.vocabulary
-    rows = [
-        [vocabulary.start, *vocabulary.encode(template.format(name.replace("_", " "))), vocabulary.end]
-        for name in reference.class_names
-    ]
-    length = max(map(len, rows))
-    padded = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-    ends = torch.tensor([len(row) - 1 for row in rows])
-    return prompt_features(reference.clip.model, embed(reference.clip.model, padded), ends)
+    """Unit-norm features [C, D] of one template for all classes: its first word is the context, the rest a class."""
+    features = []
+    for name in reference.class_names:
+        first, rest = template.removesuffix(".").format(name.replace("_", " ")).split(maxsplit=1)
+        context = reference.clip.embed_phrase(first, len(reference.clip.vocabulary.encode(first)))
+        features.append(reference.clip.text_tower([rest]).encode(context))
+    return torch.cat(features)
 
 
 def test_image_features_of_both_towers(reference: Reference) -> None:
@@ -39,10 +35,11 @@ def test_logits_of_the_handcrafted_prompt(reference: Reference) -> None:
     assert logits.argmax(1).tolist() == recorded["predictions"].tolist()
 
 
-def test_raw_text_features_and_the_ensemble(reference: Reference) -> None:
+def test_text_features_and_the_ensemble(reference: Reference) -> None:
     recorded = values("zeroshot")
-    close(template_features(reference, "a photo of a {}."), recorded["text_features_raw"])
-    units = [F.normalize(template_features(reference, t), dim=-1) for t in settings("zeroshot")["ensemble_templates"]]
+    raw = F.normalize(recorded["text_features_raw"], dim=-1)
+    close(template_features(reference, "a photo of a {}."), raw)
+    units = [template_features(reference, template) for template in settings("zeroshot")["ensemble_templates"]]
     ensemble = F.normalize(torch.stack(units).mean(0), dim=-1)
     close(ensemble, recorded["ensemble_text_features_norm"])
     close(

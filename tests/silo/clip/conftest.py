@@ -21,6 +21,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "test-mini-vit": {"embed_dim": 32, "vision_cfg": VIT, "text_cfg": TEXT},
     "test-mini-resnet": {"embed_dim": 32, "vision_cfg": RESNET, "text_cfg": TEXT},
 }
+REFUSED = {"test-mini-other-text": {"embed_dim": 32, "vision_cfg": VIT, "text_cfg": TEXT | {"qk_norm": True}}}
 
 Originals = Callable[[str, bool], CLIP]
 
@@ -48,7 +49,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _mini_architectures(tmp_path_factory: pytest.TempPathFactory) -> None:
-    for name, config in CONFIGS.items():
+    for name, config in {**CONFIGS, **REFUSED}.items():
         path = tmp_path_factory.mktemp("architectures") / f"{name}.json"
         path.write_text(json.dumps(config))
         open_clip.add_model_config(path)

@@ -3,12 +3,12 @@
 import open_clip
 import pytest
 import torch
-import torch.nn.functional as F
+from plain_text import PlainText, tower_of
 from torch import Tensor
 
 from fedrt.context import ClassPosition
 from fedrt.errors import FailureReason, WorkError
-from silo.clip import ClipTextTower, FrozenClip
+from silo.clip import FrozenClip
 from silo.clip.tokens import Vocabulary
 
 NAMES = ("dog", "ice_cream", "St. Bernard", "a very long-haired 12-year-old golden retriever", "t-shirt")
@@ -19,17 +19,6 @@ def textbook(clip: FrozenClip, texts: list[str]) -> Tensor:
     """Unit-norm features by open_clip: 77 positions, padding and all."""
     features: Tensor = clip.model.encode_text(open_clip.tokenize(texts), normalize=True)
     return features
-
-
-def textbook_with_context(clip: FrozenClip, context: Tensor, names: tuple[str, ...]) -> Tensor:
-    """CoOp's construction: embed 'X … X name.' to 77 tokens and overwrite the placeholders."""
-    model = clip.model
-    texts = [" ".join(["X"] * len(context)) + f" {name.replace('_', ' ')}." for name in names]
-    ids = open_clip.tokenize(texts)
-    x = model.token_embedding(ids)
-    x = torch.cat([x[:, :1], context.expand(len(names), -1, -1), x[:, 1 + len(context) :]], dim=1)
-    x = model.ln_final(model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask))
-    return F.normalize(x[torch.arange(len(names)), ids.argmax(-1)] @ model.text_projection, dim=-1)
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -109,11 +98,11 @@ def test_middle_puts_the_smaller_half_first(mini: FrozenClip) -> None:
 @pytest.mark.parametrize("length", [1, 16])
 def test_random_context_and_its_gradient(mini: FrozenClip, length: int) -> None:
     direction = torch.randn(len(NAMES), mini.feature_dim, generator=torch.Generator().manual_seed(4))
-    gradients = []
-    for encode in (mini.text_tower(NAMES).encode, lambda c: textbook_with_context(mini, c, NAMES)):
+    plain, gradients = PlainText(mini.model, NAMES), []
+    for encode in (mini.text_tower(NAMES).encode, plain.encode):
         context = context_for(mini, length).requires_grad_()
         features = encode(context)
-        close(features, textbook_with_context(mini, context, NAMES))
+        close(features, plain.encode(context))
         (features * direction).sum().backward()
         assert context.grad is not None
         gradients.append(context.grad)
@@ -157,13 +146,19 @@ def test_features_have_unit_norm_and_the_scale_is_exponentiated(mini: FrozenClip
     assert tower.logit_scale.shape == ()
 
 
-def test_longest_context_that_fits_and_one_more(mini: FrozenClip) -> None:
-    tower = mini.text_tower(("dog", "ice cream"))
+@pytest.mark.parametrize("position", list(ClassPosition))
+@pytest.mark.parametrize("classes", [(), (2,)], ids=["shared", "class specific"])
+def test_longest_context_that_fits_and_one_more(
+    mini: FrozenClip, classes: tuple[int, ...], position: ClassPosition
+) -> None:
+    names = ("dog", "ice cream")
+    tower = mini.text_tower(names)
     longest = 77 - 5  # start, two words, '.', end
-    context = context_for(mini, longest)
-    close(tower.encode(context), textbook_with_context(mini, context, ("dog", "ice cream")))
+    context = context_for(mini, *classes, longest)
+    expected = PlainText(mini.model, names).encode(context, position, bool(classes))
+    close(tower.encode(context, position, bool(classes)), expected)
     with pytest.raises(WorkError, match=r"'ice cream' needs 78 tokens .*context length is 77; shorten") as caught:
-        tower.encode(context_for(mini, longest + 1))
+        tower.encode(context_for(mini, *classes, longest + 1), position, bool(classes))
     assert caught.value.reason is FailureReason.DATA_UNAVAILABLE
 
 
@@ -184,12 +179,17 @@ def test_phrase_of_another_length(mini: FrozenClip) -> None:
         mini.embed_phrase(WORDS, 16)
 
 
-def test_wrong_shapes_are_programming_errors(mini: FrozenClip) -> None:
+@pytest.mark.parametrize("position", list(ClassPosition))
+def test_wrong_shapes_are_programming_errors(mini: FrozenClip, position: ClassPosition) -> None:
     tower = mini.text_tower(NAMES)
     with pytest.raises(ValueError, match="wide"):
-        tower.encode(torch.zeros(4, mini.context_dim + 1))
-    with pytest.raises(ValueError, match="classes"):
-        tower.encode(torch.zeros(2, 4, mini.context_dim), class_specific=True)
+        tower.encode(torch.zeros(4, mini.context_dim + 1), position)
+    for count in (1, len(NAMES) - 1, len(NAMES) + 1):  # one would broadcast
+        with pytest.raises(ValueError, match="classes"):
+            tower.encode(torch.zeros(2, count, 4, mini.context_dim), position, class_specific=True)
+
+
+def test_no_classes(mini: FrozenClip) -> None:
     with pytest.raises(ValueError, match="at least one"):
         mini.text_tower([])
 
@@ -206,10 +206,10 @@ def test_compact_vocabulary_gives_the_features_of_the_whole_one(mini: FrozenClip
         {"context_length": 77, "vocab_size": len(kept), "width": 64, "heads": 2, "layers": 2},
     ).eval()
     model.load_state_dict({k: v for k, v in state.items() if not k.startswith("visual.")}, strict=False)
-    tower = ClipTextTower(model.requires_grad_(False), Vocabulary(kept), names)
+    tower = tower_of(model.requires_grad_(False), names, Vocabulary(kept))
     close(tower.handcrafted(), mini.text_tower(names).handcrafted())
     with pytest.raises(WorkError, match="'green', 'velvet'"):
-        ClipTextTower(model, Vocabulary(kept), ["green circle", "red velvet", "blue square"])
+        tower_of(model, ["green circle", "red velvet", "blue square"], Vocabulary(kept))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])

@@ -186,6 +186,7 @@ def test_openais_own_archives_are_known() -> None:
         ("ViT-B-16-SigLIP", r"not supported: its text tower is not CLIP's"),
         ("coca_ViT-B-32", r"not supported: its text tower is not CLIP's"),
         ("ViT-L-14-CLIPA", r"not supported: its tokeniser is not CLIP's"),
+        ("test-mini-other-text", r"not supported: its text tower has parts that CLIP's lacks \(qk_norm\)"),
     ],
 )
 def test_architectures_that_do_not_work(mini_vit_file: Path, name: str, message: str) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from classbias.declaration import ClassBias
-from silo.contexts import class_features
+from silo.contexts import class_features, class_logits
 from silo.method import Classifier, ImageFeatures, LocalMethod, Params, TextTower, cross_entropy
 
 
@@ -14,8 +14,7 @@ def build(method: ClassBias, text: TextTower) -> LocalMethod:
         features = class_features(text, method, params["context"])[0].mean(0)  # [C, D]
 
         def logits(images: ImageFeatures) -> Tensor:
-            similar = text.logit_scale * images.pooled @ features.T  # [B, C]
-            return similar + method.bias_scale * params["bias"]
+            return class_logits(text, images, features) + method.bias_scale * params["bias"]
 
         return logits
 

@@ -1,0 +1,120 @@
+"""Lays out the tokens of all class prompts so that each is computed once: shared ones first, the others in chunks.
+
+Attention is causal, so what a token becomes depends on the tokens before it only. Tokens that all prompts begin with
+stand once, in front. What follows is a tree: classes whose prompts go on alike share those tokens too. The tree is cut
+into chunks of equal width, whole classes each; a token of a chunk sees the shared tokens and its ancestors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+WIDEST = 128  # tokens of a chunk: beyond this, products of mostly masked scores cost more than they save in padding
+_CANDIDATES = range(24, WIDEST + 1, 8)
+
+# What stands in a place: a row of the vocabulary, or ~l for row l of the context
+Token = int
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of one context's prompts stand: J chunks of Q slots each; the shared ones are not among them.
+
+    `tokens` and `places` [J, Q] say what stands in a slot and which position of the prompt it has; unused slots hold
+    some token. `visible` [J, Q, Q]: whether the first slot sees the second. `ends` [J, n]: the slots of the end tokens
+    of a chunk's classes, filled up by repetition. `order` [C]: where among all J · n each class is.
+    """
+
+    tokens: Integers
+    places: Integers
+    visible: npt.NDArray[np.bool_]
+    ends: Integers
+    order: Integers
+
+    @property
+    def slot_count(self) -> int:
+        """J · Q."""
+        return self.tokens.size
+
+
+def pack(paths: Sequence[Sequence[Token]], first_place: int) -> Packing:
+    """The layout of least cost for classes whose own tokens, from place `first_place` of a prompt on, are `paths`.
+
+    The cost of a slot grows with the number of tokens it is compared with, seen or not.
+    """
+    order = sorted(range(len(paths)), key=lambda number: tuple(paths[number]))
+    longest = max(map(len, paths))
+    widths = sorted({max(longest, width) for width in _CANDIDATES})
+    cuts = [_cut([paths[number] for number in order], width) for width in widths]
+    best = min(cuts, key=_cost)
+    return _lay_out(paths, order, best, first_place)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Sizes of chunks: how many classes each takes, and how many slots the largest needs."""
+
+    class_counts: tuple[int, ...]
+    width: int
+
+
+def _cost(cut: _Cut) -> float:
+    """In slots: comparing a slot with as many others as a chunk has costs little, but more than arithmetic says."""
+    return len(cut.class_counts) * cut.width * (1 + cut.width / 1000)
+
+
+def _cut(paths: Sequence[Sequence[Token]], limit: int) -> _Cut:
+    """Fill chunks of at most `limit` slots with sorted classes, one after the other."""
+    counts, used, widest = [0], 0, 0
+    previous: Sequence[Token] = ()
+    for path in paths:
+        new = len(path) - _common(previous, path)
+        if used + new > limit and counts[-1]:
+            counts.append(0)
+            used, new = 0, len(path)
+        counts[-1] += 1
+        used += new
+        widest = max(widest, used)
+        previous = path
+    return _Cut(tuple(counts), widest)
+
+
+def _lay_out(paths: Sequence[Sequence[Token]], order: Sequence[int], cut: _Cut, first_place: int) -> Packing:
+    chunk_count, width = len(cut.class_counts), cut.width
+    tokens = np.zeros((chunk_count, width), np.int64)
+    places = np.full((chunk_count, width), first_place, np.int64)
+    visible = np.zeros((chunk_count, width, width), np.bool_)
+    visible[:, range(width), range(width)] = True
+    ends = np.zeros((chunk_count, max(cut.class_counts)), np.int64)
+    where = np.zeros(len(paths), np.int64)
+    classes = iter(order)
+    for chunk, count in enumerate(cut.class_counts):
+        used = 0
+        previous: Sequence[Token] = ()
+        slots: list[int] = []  # of the previous path
+        for number, class_number in zip(range(count), classes, strict=False):
+            path = paths[class_number]
+            slots = slots[: _common(previous, path)]
+            for depth in range(len(slots), len(path)):
+                tokens[chunk, used], places[chunk, used] = path[depth], first_place + depth
+                visible[chunk, used, slots] = True
+                slots.append(used)
+                used += 1
+            ends[chunk, number] = slots[-1]
+            where[class_number] = chunk * ends.shape[1] + number
+            previous = path
+        tokens[chunk, used:] = tokens[chunk, 0]
+    return Packing(tokens, places, visible, ends, where)
+
+
+def _common(left: Sequence[Token], right: Sequence[Token]) -> int:
+    """How many tokens both begin with."""
+    count = 0
+    for one, other in zip(left, right, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count

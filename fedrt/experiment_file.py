@@ -65,6 +65,10 @@ class TrainingSection(Section):
         default=TrainingSpec.schedule, description="How the learning rate moves over the whole experiment"
     )
     precision: Precision = Field(default=TrainingSpec.precision, description="Arithmetic of training")
+    views: int = Field(
+        default=TrainingSpec.views,
+        description="Random crops and flips of each image that local epochs cycle through; 0: the images as evaluated",
+    )
 
 
 def _silos(value: Any) -> Any:
@@ -168,6 +172,7 @@ def experiment_spec(file: ExperimentFile) -> ExperimentSpec:
             OptimizerSpec(**dict(training.optimizer)),
             training.schedule,
             training.precision,
+            training.views,
         ),
         round_count=rounds.count,
         evaluation=LocalEvaluationSpec(file.evaluation.splits, file.evaluation.novel_classes),

@@ -144,6 +144,7 @@ def local_spec_to_pb(spec: LocalSpec, schema_sha256: bytes = b"") -> task_pb.Loc
             ),
             schedule=_SCHEDULE.to(training.schedule),
             precision=_PRECISION.to(training.precision),
+            view_count=training.views,
         ),
         round_count=spec.round_count,
         evaluation=task_pb.LocalEvaluationSpec(
@@ -178,6 +179,7 @@ def local_spec_from_pb(message: task_pb.LocalSpec) -> LocalSpec:
             ),
             schedule=_SCHEDULE.back(Schedule, training.schedule),
             precision=_PRECISION.back(Precision, training.precision),
+            views=training.view_count,
         ),
         round_count=message.round_count,
         evaluation=LocalEvaluationSpec(

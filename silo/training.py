@@ -1,8 +1,9 @@
 """Local training: a method's loss, an optimiser of its own per call, and batches shuffled by a seed.
 
 The optimiser starts fresh in every call, unless a caller carries its state on (the papers' code does, between silos):
-no momentum leaks from round to round. The learning rate follows the whole experiment, not the call, so a cosine really
-ends at the last round. The last, smaller batch of an epoch is used.
+no momentum leaks from round to round. The learning rate and the views of the images follow the whole experiment, not
+the call: a cosine really ends at the last round, and as many views as local epochs in all rounds are each used once.
+The last, smaller batch of an epoch is used. But for fp16, nothing in an epoch waits for the device.
 """
 
 import copy
@@ -19,8 +20,9 @@ from torch import Tensor
 from fedrt.errors import FailureReason, WorkError
 from fedrt.spec import OptimizerName, OptimizerSpec, Precision, Schedule, TrainingSpec
 from fedrt.tensors import Scope, TensorSpec
+from silo.batches import shuffled
 from silo.examples import Examples
-from silo.method import Batch, LocalMethod, Params
+from silo.method import LocalMethod, Params
 from silo.work import OnProgress
 
 
@@ -81,11 +83,13 @@ def train(
     """Train for one round. The same arguments on the same device give the same bits; no global seed is touched.
 
     Raises `WorkError` without examples, if the precision cannot be had here, or if the loss or a trained tensor is not
-    finite; `ValueError` if the tensors are not those that the method declares.
+    finite; `ValueError` if the tensors are not those that the method declares, or the views not those of the settings.
     """
     if not len(examples):
         raise WorkError(FailureReason.DATA_UNAVAILABLE, "there are no training examples")
-    params = _prepared(method, specs, start, examples)
+    if examples.view_count != max(1, plan.training.views):
+        raise ValueError(f"the examples have {examples.view_count} views, but training.views is {plan.training.views}")
+    params = _prepared(method, specs, start, examples, _view(plan, 0))
     device = examples.labels.device
     arithmetic = autocast(plan.training.precision, device)
     optimizer = make_optimizer(plan.training.optimizer, [params[spec.name] for spec in specs if spec.trained])
@@ -99,7 +103,7 @@ def train(
         for epoch in range(plan.training.local_epochs):
             optimizer.param_groups[0]["lr"] = learning_rate(plan.training, plan.position, epoch)
             total = torch.zeros((), device=device)
-            for batch in _shuffled(examples, plan.training.batch_size, shuffle):
+            for batch in shuffled(examples, _view(plan, epoch), plan.training.batch_size, shuffle):
                 compute = partial(method.loss, params, start.received, batch)
                 total += descend(compute, arithmetic, optimizer, scaler) * len(batch.labels)
                 steps += 1
@@ -114,8 +118,18 @@ def learning_rate(training: TrainingSpec, position: RoundPosition, epoch: int) -
     rate = training.optimizer.learning_rate
     if training.schedule is Schedule.CONSTANT:
         return rate
-    done = (position.round_number - 1) * training.local_epochs + epoch
+    done = _epoch_number(training, position, epoch)
     return rate * 0.5 * (1 + math.cos(math.pi * done / (position.round_count * training.local_epochs)))
+
+
+def _epoch_number(training: TrainingSpec, position: RoundPosition, epoch: int) -> int:
+    """Which epoch of the whole experiment local epoch `epoch` of this round is, both from 0."""
+    return (position.round_number - 1) * training.local_epochs + epoch
+
+
+def _view(plan: Plan, epoch: int) -> int:
+    """The view of the images in local epoch `epoch`, both from 0."""
+    return _epoch_number(plan.training, plan.position, epoch) % max(1, plan.training.views)
 
 
 def make_optimizer(spec: OptimizerSpec, tensors: list[Tensor]) -> torch.optim.Optimizer:
@@ -174,9 +188,9 @@ def descend(
 
 
 def _prepared(
-    method: LocalMethod, specs: tuple[TensorSpec, ...], start: Start, examples: Examples
+    method: LocalMethod, specs: tuple[TensorSpec, ...], start: Start, examples: Examples, view: int
 ) -> dict[str, Tensor]:
-    """Copies to train, and what the method itself sets before it trains."""
+    """Copies to train, and what the method itself sets before it trains, on the images in this view."""
     held = {Scope.SHARED: start.received, Scope.PRIVATE: start.private}
     for scope, tensors in held.items():
         declared = {spec.name: spec.shape for spec in specs if spec.scope is scope}
@@ -187,17 +201,11 @@ def _prepared(
     params = {spec.name: held[spec.scope][spec.name].detach().clone() for spec in specs}
     if method.prepare is not None:
         with torch.no_grad():
-            settled = method.prepare(params, examples.batch(slice(None)))
+            settled = method.prepare(params, examples.batch(slice(None), view))
         if set(settled) != {spec.name for spec in specs if not spec.trained}:
             raise ValueError(f"the method prepared {sorted(settled)}, not exactly the tensors that are not trained")
         params |= settled
     return {spec.name: params[spec.name].requires_grad_(spec.trained) for spec in specs}
-
-
-def _shuffled(examples: Examples, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-    order = torch.randperm(len(examples), generator=generator).to(examples.labels.device)
-    for at in range(0, len(examples), batch_size):
-        yield examples.batch(order[at : at + batch_size])
 
 
 def _finish(specs: tuple[TensorSpec, ...], params: Params, mean_loss: float, optimizer: OptimizerState) -> Trained:
@@ -225,13 +233,16 @@ def _check_finite(mean_loss: float, epoch: int) -> None:
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
     """On CUDA, ask for kernels that add in a fixed order; on a CPU they do so anyway and the switch would cost time."""
-    before, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic  # a module whose attribute mypy cannot see
+    fills = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False  # else every tensor is written once in vain
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = fills

@@ -81,7 +81,15 @@ optimizers = st.builds(
     st.floats(0, 1, exclude_max=True),
     st.floats(0, 10),
 )
-trainings = st.builds(TrainingSpec, COUNTS, COUNTS, optimizers, st.sampled_from(Schedule), st.sampled_from(Precision))
+trainings = st.builds(
+    TrainingSpec,
+    COUNTS,
+    COUNTS,
+    optimizers,
+    st.sampled_from(Schedule),
+    st.sampled_from(Precision),
+    st.integers(0, 10_000),
+)
 class_names = st.lists(texts.filter(str.strip), min_size=1, max_size=5, unique=True).map(tuple)
 hyperparameters = st.dictionaries(texts, st.none() | st.booleans() | st.integers() | texts, max_size=3).map(json.dumps)
 splits = st.lists(st.sampled_from(EvaluationSplit), min_size=1, unique=True).map(tuple)

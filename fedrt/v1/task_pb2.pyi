@@ -497,6 +497,7 @@ class TrainingSpec(_message.Message):
     OPTIMIZER_FIELD_NUMBER: _builtins.int
     SCHEDULE_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
+    VIEW_COUNT_FIELD_NUMBER: _builtins.int
     local_epochs: _builtins.int
     """Passes over the local examples."""
     batch_size: _builtins.int
@@ -505,6 +506,10 @@ class TrainingSpec(_message.Message):
     """How the learning rate moves over the whole experiment."""
     precision: Global___Precision.ValueType
     """The arithmetic."""
+    view_count: _builtins.int
+    """Augmented views of each image, cycled through by the local epochs of the
+    whole experiment. Zero means the images as evaluation sees them.
+    """
     @_builtins.property
     def optimizer(self) -> Global___OptimizerSpec:
         """The optimizer."""
@@ -517,10 +522,11 @@ class TrainingSpec(_message.Message):
         optimizer: Global___OptimizerSpec | None = ...,
         schedule: Global___Schedule.ValueType = ...,
         precision: Global___Precision.ValueType = ...,
+        view_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["optimizer", b"optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "local_epochs", b"local_epochs", "optimizer", b"optimizer", "precision", b"precision", "schedule", b"schedule"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "local_epochs", b"local_epochs", "optimizer", b"optimizer", "precision", b"precision", "schedule", b"schedule", "view_count", b"view_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

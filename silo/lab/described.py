@@ -44,9 +44,14 @@ def setting_sentences(lab: LabFile, plans: Sequence[FederationPlan], records: Se
         f"{counted(range(rounds.count), 'round')}{f' of {asked} silos' if some else ''}, "
         f"{counted(range(training.local_epochs), 'local epoch')}, batches of {training.batch_size}, "
         f"{optimizer.name.value} with learning rate {optimizer.learning_rate:g}, momentum {optimizer.momentum:g} and "
-        f"weight decay {optimizer.weight_decay:g} ({training.schedule.value}), {training.precision.value}, but for "
-        "what is said of a method above."
+        f"weight decay {optimizer.weight_decay:g} ({training.schedule.value}), {training.precision.value}"
+        f"{view_words(training.views)}, but for what is said of a method above."
     )
+
+
+def view_words(views: int) -> str:
+    """What is to be said of views after the precision: ", 50 augmented views of each image", or nothing."""
+    return f", {counted(range(views), 'augmented view')} of each image" if views else ""
 
 
 def data_words(data: LabData) -> str:

@@ -218,7 +218,7 @@ def _cell(lab: LabFile, setting: SettingSection, label: str, entry: LabMethod, c
         "label": label,
         "method": {"name": entry.method.name, **json.loads(hyperparameters_json(declared))},
     }
-    former = {"training": training.model_dump(mode="json"), "rounds": rounds.model_dump(mode="json"), "every": every}
+    former = {"training": _training(training), "rounds": rounds.model_dump(mode="json"), "every": every}
     decisive = former | {"rounds": rounds.model_dump(mode="json", exclude={"time_limit", "retries"})}
     return Cell(
         setting=common["setting"],
@@ -231,6 +231,11 @@ def _cell(lab: LabFile, setting: SettingSection, label: str, entry: LabMethod, c
         rounds=rounds,
         every=every,
     )
+
+
+def _training(training: TrainingSection) -> Any:
+    """As JSON values; without views as before there were any, so that finished cells keep their digests."""
+    return training.model_dump(mode="json", exclude=set() if training.views else {"views"})
 
 
 def declaration(section: MethodSection) -> Method:

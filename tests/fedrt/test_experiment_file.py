@@ -87,6 +87,7 @@ training:
   optimizer: {name: adamw, learning_rate: 1e-3, momentum: 0, weight_decay: 0.1}
   schedule: cosine
   precision: bf16
+  views: 6
 rounds:
   {count: 3, time_limit: 1h30m, min_results: 1, max_silos: 2, silos: [north, south], on_too_few: retry, retries: 5}
 evaluation: {every: 0, splits: [base, novel, personal], novel_classes: [keratosis, lentigo]}
@@ -94,7 +95,7 @@ seed: 7
 """
     )
     optimizer = spec.OptimizerSpec(spec.OptimizerName.ADAMW, 0.001, 0.0, 0.1)
-    assert found.local.training == spec.TrainingSpec(2, 8, optimizer, spec.Schedule.COSINE, spec.Precision.BF16)
+    assert found.local.training == spec.TrainingSpec(2, 8, optimizer, spec.Schedule.COSINE, spec.Precision.BF16, 6)
     assert found.rounds == spec.RoundsSpec(3, 5400.0, 1, 2, ("north", "south"), spec.OnTooFew.RETRY, 5)
     assert (found.evaluation.every, found.seed, found.local.seed) == (0, 7, 7)
     splits = (spec.EvaluationSplit.BASE, spec.EvaluationSplit.NOVEL, spec.EvaluationSplit.PERSONAL)
@@ -301,6 +302,7 @@ TRAININGS = st.builds(
     OPTIMIZERS,
     st.sampled_from(spec.Schedule),
     st.sampled_from(spec.Precision),
+    st.integers(0, 99),
 )
 METHODS = st.builds(
     PromptFL,

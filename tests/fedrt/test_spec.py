@@ -73,6 +73,17 @@ def test_epochs_and_batches_fit_the_wire(values):
         TrainingSpec(**values)
 
 
+@pytest.mark.parametrize("views", [-1, 10_001, 2**32])
+def test_views_are_few_and_none_negative(views):
+    with refused(f"training.views is {views}; it must be between 0 and 10000"):
+        TrainingSpec(views=views)
+
+
+def test_views_are_none_unless_asked_for():
+    assert TrainingSpec().views == 0
+    assert TrainingSpec(views=10_000).views == 10_000
+
+
 def test_model_dimensions_fit_the_wire():
     with refused("model"):
         ModelSpec("ViT-B-16", DIGEST, 2**32, 512)

@@ -1,6 +1,7 @@
 """The wire: every frame survives serialisation, and what cannot be read becomes an error with an owner."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -19,7 +20,7 @@ from fedrt.session.frames import (
     UnreadableOffer,
     UnreadableResult,
 )
-from fedrt.spec import EvaluationSplit, LocalEvaluationSpec
+from fedrt.spec import EvaluationSplit, LocalEvaluationSpec, TrainingSpec
 from fedrt.task import Failure, RefusalReason, Result, Success, TaskKind
 from fedrt.v1 import experiment_pb2 as experiment_pb
 from fedrt.v1 import session_service_pb2 as session_pb
@@ -153,6 +154,14 @@ class TestSplitsAndSeed:
             experiment_spec_from_pb(message)
 
 
+def test_a_training_of_a_version_without_views_has_none():
+    message = local_spec_to_pb(replace(local_spec(), training=TrainingSpec(views=3)))
+    assert local_spec_from_pb(message).training.views == 3
+    message.training.ClearField("view_count")
+    assert local_spec_from_pb(message) == local_spec()
+    assert local_spec_to_pb(local_spec()) == message
+
+
 def offer_message():
     manifest, _ = payload()
     return response_to_pb(TaskOffer(task("t1"), manifest))
@@ -163,6 +172,7 @@ OFFER_SPOILERS = {
     "no kind": lambda offer: offer.ClearField("kind"),
     "unknown schedule": lambda offer: setattr(offer.local.training, "schedule", UNKNOWN),
     "unknown precision": lambda offer: setattr(offer.local.training, "precision", UNKNOWN),
+    "too many views": lambda offer: setattr(offer.local.training, "view_count", 10_001),
     "unknown optimizer": lambda offer: setattr(offer.local.training.optimizer, "algorithm", UNKNOWN),
     "unknown split": lambda offer: offer.local.evaluation.splits.append(UNKNOWN),
     "the same split twice": lambda offer: offer.local.evaluation.splits.extend([task_pb.EVALUATION_SPLIT_BASE] * 2),

@@ -3,10 +3,13 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+import towers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedrt.errors import FailureReason, WorkError
 from fedrt.spec import OptimizerName, OptimizerSpec, Precision, Schedule, TrainingSpec
@@ -229,6 +232,127 @@ def test_loss_is_the_mean_over_the_examples_of_the_last_epoch() -> None:
 
     trained = run(loss, numbered(7), plan(batch_size=3, local_epochs=2))
     assert trained.metrics["loss"] == pytest.approx(3.0)  # not the mean of the three batch means
+
+
+# Views
+
+
+def viewed(count: int = 3, views: int = 3) -> Examples:
+    """Image i in view v has the features (10·v + i, 1): a table of all views, the second view first."""
+    numbers = torch.arange(views)[:, None] * 10 + torch.arange(count)
+    table = torch.cat([numbers[1:].flatten(), numbers[0]]).float()
+    rows = torch.cat([torch.arange(count * views)[-count:], torch.arange(count * (views - 1))]).view(views, count)
+    return Examples(ImageFeatures(torch.stack([table, torch.ones(len(table))], 1), None), rows, torch.arange(count))
+
+
+def views_of_round(position: tuple[int, int], local_epochs: int, views: int) -> list[int]:
+    seen: list[int] = []
+
+    def loss(params: Params, received: Params, batch: Batch) -> Tensor:
+        numbers = batch.images.pooled[:, 0].long()
+        assert (numbers % 10).tolist() == batch.labels.tolist()  # a view is one of the same image
+        seen.extend((numbers // 10).tolist())
+        return params["context"].sum() + params["own"].sum()
+
+    run(loss, viewed(3, views), plan(position=position, local_epochs=local_epochs, views=views, batch_size=2))
+    epochs = [seen[at : at + 3] for at in range(0, len(seen), 3)]
+    assert all(len(set(epoch)) == 1 for epoch in epochs)
+    return [epoch[0] for epoch in epochs]
+
+
+def test_epochs_of_the_whole_experiment_cycle_through_the_views() -> None:
+    assert [views_of_round((number, 3), 2, 3) for number in (1, 2, 3)] == [[0, 1], [2, 0], [1, 2]]
+    assert views_of_round((2, 3), 2, 1) == [0, 0]
+
+
+def test_as_many_views_as_epochs_in_all_rounds_are_each_used_once() -> None:
+    seen = [view for number in (1, 2, 3) for view in views_of_round((number, 3), 2, 6)]
+    assert seen == [0, 1, 2, 3, 4, 5]
+
+
+def test_views_do_not_change_the_order_of_the_images() -> None:
+    def order_of(examples: Examples, how: Plan) -> list[int]:
+        seen: list[int] = []
+
+        def loss(params: Params, received: Params, batch: Batch) -> Tensor:
+            seen.extend(batch.labels.tolist())
+            return params["context"].sum() + params["own"].sum()
+
+        run(loss, examples, how)
+        return seen
+
+    plain = order_of(numbered(9), plan(seed=4, local_epochs=2))
+    assert order_of(viewed(9), plan(seed=4, local_epochs=2, views=3)) == plain
+
+
+def test_views_of_one_image_each_with_their_own_features_are_trained_on() -> None:
+    trained = run(quadratic, viewed(3), plan(position=(2, 3), views=3), start(5.0))
+    # epoch 1 of the experiment: view 1 has the mean 11, gradient 5 − 11, rate 0.1
+    assert float(trained.shared["context"][0]) == pytest.approx(5.0 + 0.6)
+
+
+@pytest.mark.parametrize(("examples", "views"), [(numbered(3), 3), (viewed(3), 2), (viewed(3), 0)])
+def test_the_examples_must_have_the_views_of_the_settings(examples: Examples, views: int) -> None:
+    with pytest.raises(ValueError, match=f"have {examples.view_count} views, but training.views is {views}"):
+        run(quadratic, examples, plan(views=views))
+
+
+def test_a_preparation_sees_the_view_of_the_first_epoch() -> None:
+    seen: list[list[float]] = []
+
+    def prepare(params: Params, batch: Batch) -> Params:
+        seen.append(batch.images.pooled[:, 0].tolist())
+        return {"share": params["share"]}
+
+    begin = Start(start().received, {**start().private, "share": torch.tensor([5.0, 6.0])})
+    how = plan(position=(2, 3), local_epochs=2, views=3)
+    train(LocalMethod(classify, quadratic, prepare), (*SPECS, SHARE), begin, viewed(3), how, silent)
+    assert seen == [[20.0, 21.0, 22.0]]
+
+
+# Waiting for the device
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device: its value decides what comes next."""
+
+    WAITING = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = (
+            [index for index in args[1] if index is not None] if name in ("index", "index_put", "index_put_") else []
+        )
+        self.count += name in self.WAITING or any(index.dtype is torch.bool for index in masks)
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(compute: Callable[[], object]) -> int:
+    with HostReads() as reads:
+        compute()
+    return reads.count
+
+
+def test_host_reads_are_seen() -> None:
+    assert host_reads(lambda: float(torch.ones(()))) == 1
+    assert host_reads(lambda: torch.ones(3)[torch.ones(3) > 0]) == 1
+    assert host_reads(lambda: torch.ones(3)[torch.tensor([0, 2])] + 1) == 0
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+@pytest.mark.parametrize("name", ["promptfl", "fedprox", "coop", "fedpgp", "promptfolio"])
+def test_no_step_makes_the_host_wait(name: str, precision: Precision) -> None:
+    declared = towers.make(name)
+
+    def reads(count: int) -> int:
+        data = towers.examples(count)
+        return host_reads(lambda: towers.trained(declared, data, batch_size=2, precision=precision))
+
+    assert reads(20) == reads(2)  # ten batches in an epoch, and one
 
 
 def test_progress_counts_steps() -> None:

@@ -87,6 +87,7 @@ def test_what_is_measured_follows_from_the_partition(tmp_path: Path, keys: str, 
         ("count: 4", "count: 5"),
         ("learning_rate: 0.01", "learning_rate: 0.02"),
         ("batch_size: 8", "batch_size: 9"),
+        ("batch_size: 8", "views: 1, batch_size: 8"),
         ("context_length: 4", "context_length: 5"),
         ("name: promptfl", "name: promptfolio"),
         ("kind: iid, silos: 2", "kind: iid, silos: 3"),
@@ -126,6 +127,12 @@ def test_neither_training_nor_rounds_belong_to_a_method_that_trains_nothing(tmp_
     text = LAB.replace("count: 4", "count: 5").replace("batch_size: 8", "batch_size: 9")
     before, after = (lab_samples.cells(tmp_path, each) for each in (LAB, text))
     assert [cell.digest == other.digest for cell, other in zip(before, after, strict=True)] == [True, False] * 2
+
+
+def test_cells_finished_before_there_were_views_keep_their_digests(tmp_path: Path) -> None:
+    cell = lab_samples.cells(tmp_path)[1]
+    assert (cell.digest[:16], cell.former_digest[:16]) == ("18b7dcc4ed5409d3", "5eea629b5dc715df")
+    assert lab_samples.cells(tmp_path, LAB.replace("batch_size: 8", "views: 0, batch_size: 8"))[1] == cell
 
 
 def test_a_lab_that_is_moved_keeps_its_digests(tmp_path: Path) -> None:

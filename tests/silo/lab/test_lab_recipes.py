@@ -102,12 +102,13 @@ def test_placeholders_are_named_at_the_top(name: str) -> None:
         assert "Runs as it stands" in head
 
 
-# What the scripts of the authors have (METHODS.md, 2.2 to 2.7), but for fp32, which only FedPGP's has
+# What the scripts of the authors have (METHODS.md, 1.5 and 2.2 to 2.7), but for fp32, which only FedPGP's has. As many
+# views as local epochs in all rounds, or none for CIFAR, are their augmentation.
 SGD = {"name": "sgd", "momentum": 0.9, "weight_decay": 5e-4}
 PUBLISHED = {
     "fedotp-cifar100-dirichlet": {
         "model": "ViT-B-16",
-        "training": (1, 32, "constant", "fp32", SGD | {"learning_rate": 0.001}),
+        "training": (1, 32, "constant", "fp32", 0, SGD | {"learning_rate": 0.001}),
         "rounds": (150, 10),
         "partition": {"kind": "dirichlet", "silos": 100, "beta": 0.3},
         "methods": {
@@ -119,7 +120,7 @@ PUBLISHED = {
     },
     "fedotp-few-shot": {
         "model": "RN50",
-        "training": (5, 16, "constant", "fp32", SGD | {"learning_rate": 0.001}),
+        "training": (5, 16, "constant", "fp32", 50, SGD | {"learning_rate": 0.001}),
         "rounds": (10, None),
         "partition": {"kind": "pathological", "silos": 10, "shots": 16},
         "methods": {
@@ -131,7 +132,7 @@ PUBLISHED = {
     },
     "fedpgp-base-to-novel": {
         "model": "ViT-B-16",
-        "training": (2, 16, "constant", "fp32", SGD | {"learning_rate": 0.001}),
+        "training": (2, 16, "constant", "fp32", 50, SGD | {"learning_rate": 0.001}),
         "rounds": (25, None),
         "partition": {"kind": "pathological", "silos": 10, "shots": 16},
         "methods": {
@@ -143,7 +144,7 @@ PUBLISHED = {
     },
     "promptfolio-dirichlet": {
         "model": "ViT-B-16",
-        "training": (5, 16, "cosine", "fp32", SGD | {"learning_rate": 0.002}),
+        "training": (5, 16, "cosine", "fp32", 50, SGD | {"learning_rate": 0.002}),
         "rounds": (10, None),
         "partition": {"kind": "dirichlet", "silos": 10, "beta": 0.3, "max_train": 16},
         "methods": {
@@ -170,7 +171,7 @@ def test_the_numbers_of_a_recipe_are_those_of_the_authors_scripts(tmp_path: Path
             training = cell.training.model_dump(mode="json")
             assert cell.method.model_extra == hyperparameters
             assert (cell.rounds.count, cell.rounds.max_silos) == wanted["rounds"]
-            keys = ("local_epochs", "batch_size", "schedule", "precision", "optimizer")
+            keys = ("local_epochs", "batch_size", "schedule", "precision", "views", "optimizer")
             assert tuple(training[key] for key in keys) == wanted["training"]
 
 

@@ -213,6 +213,12 @@ def test_the_summary_says_what_was_run(tmp_path: Path) -> None:
     ) in lines
 
 
+def test_augmented_views_are_told(tmp_path: Path) -> None:
+    text = LAB.replace("training: {batch_size: 8,", "training: {views: 50, batch_size: 8,")
+    lab, plans = lab_samples.read(tmp_path, text)
+    assert "(constant), fp32, 50 augmented views of each image, but for" in summary_markdown(lab, plans, {})
+
+
 def test_rounds_of_more_silos_than_there_are_are_rounds_of_all(tmp_path: Path) -> None:
     lab, plans = lab_samples.read(tmp_path, LAB.replace("rounds: {count: 4}", "rounds: {count: 4, max_silos: 10}"))
     cell = plans[0].cells[1]

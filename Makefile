@@ -13,7 +13,8 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 BIN := .venv/bin
 READY := .venv/.ready
 PACKAGES := fedrt silo coordinator certs
-BENCHMARKS := $(patsubst tests/bench/%.py,%,$(filter-out %/__init__.py,$(wildcard tests/bench/*.py)))
+# the modules of tests/bench that have a main; the others are parts of them
+BENCHMARKS := $(patsubst tests/bench/%.py,%,$(shell grep -l '^def main\|^async def main' tests/bench/*.py))
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/p' Makefile | while IFS='|' read -r left right; \

@@ -24,14 +24,14 @@ from fedrt.metrics import SiloMetrics, serve_metrics
 from fedrt.tls import IdentityFiles, LoadedIdentity, load_identity
 from silo import ledger
 from silo.agent import Agent
-from silo.config import SiloConfig, check_files, data_source, model_source
+from silo.config import SiloConfig, check_files, data_source, feature_source, model_source
 from silo.departures import Departures
 from silo.link import Dialling, Link
 from silo.policy import Policy
 from silo.spool import Spool
 from silo.vault import Vault
 from silo.work import OWN, Worker, WorkerReport
-from silo.worker import ProcessWorker
+from silo.worker import ProcessWorker, WorkerLog
 
 FLUSH_LIMIT = 5.0  # seconds the last frames are given to leave
 DRAIN_CHECK_INTERVAL = 1.0  # seconds
@@ -44,8 +44,15 @@ async def serve(config: SiloConfig, lifecycle: Lifecycle) -> None:
     configure_logging(config.log.level, config.log.format)
     check_files(config)
     log = structlog.get_logger("silo")
-    worker = ProcessWorker(model_source(config), {OWN: data_source(config)}, config.model.threads, log)
+    worker = own_worker(config, log)
     await serve_with(config, lifecycle, worker)
+
+
+def own_worker(config: SiloConfig, log: WorkerLog) -> ProcessWorker:
+    """The worker that the configuration asks for; its process starts when it is needed."""
+    features = feature_source(config.features, config.state_directory)
+    data = {OWN: data_source(config)}
+    return ProcessWorker(model_source(config), data, config.model.threads, log, features=features)
 
 
 async def serve_with(config: SiloConfig, lifecycle: Lifecycle, worker: Worker) -> None:

@@ -1,4 +1,4 @@
-"""`fedrt-silo`: run a silo or a host of many, check its configuration, name its model, show what left the building."""
+"""`fedrt-silo`: run a silo or a host of many, check its files, name its model, keep features, show what left."""
 
 import asyncio
 import json
@@ -19,14 +19,17 @@ from fedrt.daemon import Lifecycle, prepare_grpc, report, run_daemon
 from fedrt.errors import ConfigurationError, FedrtError
 from fedrt.identity import Role
 from fedrt.log import configure_logging, reload_level
-from silo.config import SiloConfig, check_files, data_source, load_silo_config, model_source
+from fedrt.notation import format_size
+from silo.config import SiloConfig, check_files, data_source, feature_source, load_silo_config, model_source
 from silo.data import index
 from silo.departures import read_lines
+from silo.features_cli import app as features_app
 from silo.sources import DataSource
 from silo.work import OWN, WorkerReport
 from silo.worker import ProcessWorker
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A silo of a fedrt federation.")
+app.add_typer(features_app, name="features")
 _T = TypeVar("_T")
 Config = Annotated[Path, typer.Option("--config", "-c", help="The silo's YAML file.")]
 HostFile = Annotated[Path, typer.Option("--config", "-c", help="The host's YAML file.")]
@@ -104,7 +107,10 @@ def check_config(config: Config) -> None:
         files = IdentityFiles(loaded.identity.directory)
         identity = load_identity(files, datetime.now(UTC), Expectation(Role.SILO, loaded.federation))
         expiry = f"{identity.credential.not_after:%Y-%m-%d %H:%M} UTC"
-        return loaded, [f"{identity.identity}, certificate valid until {expiry}", *_images(data_source(loaded))]
+        features = feature_source(loaded.features, loaded.state_directory)
+        kept = f"features: {features.directory}, at most {format_size(features.max_bytes)}, {features.element_type}"
+        valid = f"{identity.identity}, certificate valid until {expiry}"
+        return loaded, [valid, kept, *_images(data_source(loaded))]
 
     loaded, lines = _or_exit(check)
     sys.stdout.write(effective_yaml(loaded))
@@ -135,8 +141,9 @@ def model(config: Config) -> None:
 async def _describe(config: SiloConfig) -> WorkerReport:
     configure_logging("warning", "console")
     check_files(config)
-    log = structlog.get_logger("silo")
-    worker = ProcessWorker(model_source(config), {OWN: data_source(config)}, config.model.threads, log)
+    features = feature_source(config.features, config.state_directory)
+    data, log = {OWN: data_source(config)}, structlog.get_logger("silo")
+    worker = ProcessWorker(model_source(config), data, config.model.threads, log, features=features)
     try:
         return await worker.describe()
     finally:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from fedrt.config import (
     FederationName,
@@ -17,10 +17,11 @@ from fedrt.config import (
     anchored,
     duration,
     load_yaml,
+    size,
 )
 from fedrt.errors import ConfigurationError
-from fedrt.notation import Duration, RemoteAddress, bounded, format_duration
-from silo.sources import DataSource, ModelSource
+from fedrt.notation import Duration, RemoteAddress, Size, bounded, format_duration, parse_size
+from silo.sources import DataSource, ElementType, FeatureSource, ModelSource
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -96,6 +97,30 @@ class DataSection(Section):
         return self
 
 
+LEAST_FEATURES = "1GiB"  # less would hold the patches of 2,600 images at most
+
+
+class FeaturesSection(Section):
+    """Where features of images are kept, so that no image is encoded twice."""
+
+    directory: LocalPath | None = Field(
+        default=None,
+        description="Directory of the store, on a local disk; several daemons may share it. Default: features in "
+        "state_directory",
+    )
+    max_size: Size = size("50GiB", "What the store may hold; what was used least recently makes room")
+    element_type: ElementType = Field(
+        default="float32", description="float16 takes half the space, and rounds; the log says how much when it encodes"
+    )
+
+    @field_validator("max_size")
+    @classmethod
+    def _large_enough(cls, max_size: int) -> int:
+        if max_size < parse_size(LEAST_FEATURES):
+            raise ValueError(f"must be at least {LEAST_FEATURES}")
+        return max_size
+
+
 class PolicySection(Section):
     """What the site allows; the coordinator cannot change it."""
 
@@ -137,6 +162,9 @@ class SiloConfig(Section):
     state_directory: LocalPath = Field(description="Directory of the ledger, spool and vault; private to the service")
     model: ModelSection = Field(description="The frozen CLIP")
     data: DataSection = Field(description="The site's images")
+    features: FeaturesSection = Field(
+        default_factory=FeaturesSection, description="Where features of images are kept, so that none is encoded twice"
+    )
     policy: PolicySection = Field(default_factory=PolicySection, description="What this site allows")
     metrics: MetricsSection | None = Field(default=None, description="Prometheus metrics; none if not set")
     log: LogSection = Field(default_factory=LogSection, description="What is logged to stderr")
@@ -169,6 +197,12 @@ def data_source(config: SiloConfig) -> DataSource:
         class_names=class_names,
         test_share=data.test_share,
     )
+
+
+def feature_source(features: FeaturesSection, state_directory: Path) -> FeatureSource:
+    """Where the worker keeps features of images."""
+    directory = features.directory or state_directory / "features"
+    return FeatureSource(directory, features.max_size, features.element_type)
 
 
 def check_files(config: SiloConfig) -> None:

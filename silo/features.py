@@ -1,54 +1,77 @@
-"""Frozen CLIP features of images, decoded and encoded once for the life of the worker process.
+"""Frozen CLIP features of images, encoded once for each image and view; owns what is known of unreadable files.
 
-An image is encoded once, whichever splits and virtual silos it serves, in batches of a fixed size, the last one filled
-up: so its features depend neither on the images beside it nor on what the process did before. Pooled features of a run
-with patches do not serve one without, because they may differ in the last bit.
+They are found by the content of the image file, in memory or on disk (`silo.feature_store`), whichever splits and
+virtual silos an image serves. Whether they were found or just computed makes no difference to their bits. Pooled
+features of a run with patches do not serve one without, because they may differ in the last bit.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fedrt.errors import FailureReason, WorkError
 from silo.clip.model import FrozenClip
 from silo.data import DataIndex, Record, Split
-from silo.data.images import UnreadableImage, check_header, read_image
+from silo.data.images import UnreadableImage, check_header
 from silo.data.records import count_classes
-from silo.examples import Examples
-from silo.method import ImageFeatures
+from silo.encoding import decoder_count
+from silo.examples import Examples, FeatureTable
+from silo.extraction import Extracted, Extraction, OnImages
+from silo.feature_store import FeatureStore
+from silo.feature_tables import rows_device, table_of
+from silo.sources import ElementType
 
-OnImages = Callable[[int, int], None]  # (images done, images in all)
-
-BATCH = 32  # images at a time through the image tower, always
-DECODERS = 4  # threads
 NAMED_IN_LOG = 20
 MOST_CHOSEN = 4096  # lists of rows that are remembered, one for each silo, split and list of classes
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Features:
+    """What is asked for of all images of a split, in all virtual silos: with `views` > 0 that many augmented views."""
+
+    split: Split
+    patches: bool
+    views: int = 0
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of `FeatureCache.build`: images with all their views, those encoded just now, rows not on disk."""
+
+    image_count: int
+    encoded_count: int
+    in_memory_count: int
+
+
 class FeatureCache:
-    """Encodes images when first asked for them, and remembers; owns what is known of unreadable files.
+    """Encodes images when first asked for them, unless the store has them.
 
     `indices`: what each virtual silo of this process holds, or the daemon itself under ""; `max_unreadable_share` of
-    each of them.
+    each of them. Without a store features live as long as the process.
     """
 
     def __init__(
-        self, clip: FrozenClip, indices: Mapping[str, DataIndex], max_unreadable_share: Mapping[str, float]
+        self,
+        clip: FrozenClip,
+        indices: Mapping[str, DataIndex],
+        max_unreadable_share: Mapping[str, float],
+        store: FeatureStore | None = None,
+        element_type: ElementType = "float32",
     ) -> None:
         self._clip = clip
         self._records = {(silo, split): index.of_split(split) for silo, index in indices.items() for split in Split}
         self._silos = tuple(indices)
         self._labels = {key: frozenset(one.label for one in records) for key, records in self._records.items()}
         self._max_unreadable_share = max_unreadable_share
-        self._tables: dict[bool, _Table] = {}
-        self._chosen: dict[tuple[str, Split, bool, tuple[tuple[str, int], ...]], tuple[Tensor, Tensor]] = {}
+        self._extractions = {patches: Extraction(clip, patches, store, element_type) for patches in (False, True)}
+        self._tables: dict[Features, _Table] = {}
+        self._chosen: dict[tuple[str, Features, tuple[tuple[str, int], ...]], Examples] = {}
         self._unreadable: dict[Path, str] = {}
 
     def labels(self, silo: str, splits: Collection[Split]) -> tuple[str, ...]:
@@ -58,6 +81,10 @@ class FeatureCache:
     def holds(self, silo: str, split: Split) -> bool:
         """Whether the silo has images of a split, readable or not."""
         return bool(self._records[silo, split])
+
+    def is_held(self, split: Split) -> bool:
+        """Whether any silo has images of a split."""
+        return any(self._records[silo, split] for silo in self._silos)
 
     @property
     def unreadable_count(self) -> int:
@@ -83,66 +110,72 @@ class FeatureCache:
         Raises `WorkError` if more of a split are unreadable than a silo allows.
         """
         records = {record.path: record for records in self._records.values() for record in records}
-        with ThreadPoolExecutor(DECODERS) as pool:
+        with ThreadPoolExecutor(decoder_count()) as pool:
             reasons = list(pool.map(_header_problem, records.values()))
         self._note({record: why for record, why in zip(records.values(), reasons, strict=True) if why is not None})
         for silo, split in self._records:
             self._check(silo, split)
 
     def examples(
-        self, silo: str, split: Split, patches: bool, indices: Mapping[str, int], on_images: OnImages
+        self,
+        silo: str,
+        split: Split,
+        patches: bool,
+        indices: Mapping[str, int],
+        on_images: OnImages,
+        views: int = 0,
     ) -> Examples:
         """The readable examples of a split, in the order of the index; `indices` gives the class of each label.
 
-        Raises `WorkError` if there are none, or if more is unreadable than the silo allows.
+        With `views`, that many augmented views of each, counted from 0 in `Examples`; else the plain view. Raises
+        `WorkError` if there are none, or if more is unreadable than the silo allows.
         """
         if not self._records[silo, split]:
             raise WorkError(FailureReason.DATA_UNAVAILABLE, f"this silo has no {split.value} examples")
-        key = (silo, split, patches, tuple(sorted(indices.items())))
+        wanted = Features(split, patches, views)
+        key = (silo, wanted, tuple(sorted(indices.items())))
         if key not in self._chosen:
+            if wanted not in self._tables:
+                self._tables[wanted] = self._table(wanted, on_images)
+            self._check(silo, split)
             if len(self._chosen) >= MOST_CHOSEN:
                 self._chosen.clear()
-            self._chosen[key] = self._choose(silo, split, patches, indices, on_images)
-        return Examples(self._tables[patches].features, *self._chosen[key])
+            self._chosen[key] = self._choose(silo, wanted, indices)
+        return self._chosen[key]
 
-    def _choose(
-        self, silo: str, split: Split, patches: bool, indices: Mapping[str, int], on_images: OnImages
-    ) -> tuple[Tensor, Tensor]:
-        """Rows and labels of the readable examples of a split. Rows stay what they are: a table only grows."""
-        records = self._records[silo, split]
-        table = self._tables.get(patches)
-        if table is None or any(r.path not in table.rows and r.path not in self._unreadable for r in records):
-            table = self._encode(split, patches, on_images)
-        self._check(silo, split)
-        readable = [record for record in records if record.path in table.rows]
-        if not readable:
-            raise WorkError(FailureReason.DATA_UNAVAILABLE, f"this silo has no readable {split.value} examples")
-        device = table.features.pooled.device
-        rows = torch.tensor([table.rows[record.path] for record in readable], device=device)
-        return rows, torch.tensor([indices[record.label] for record in readable], device=device)
+    def build(self, wanted: Features, on_images: OnImages) -> Built:
+        """See that all features of a split exist, on disk if there is a store. Raises `WorkError`."""
+        extracted = self._extract(wanted, on_images)
+        for silo in self._silos:
+            self._check(silo, wanted.split)
+        in_memory_count = self._extractions[wanted.patches].in_memory_count
+        return Built(len(extracted.rows), extracted.encoded_count, in_memory_count)
 
-    def _encode(self, split: Split, patches: bool, on_images: OnImages) -> "_Table":
-        """Add what is missing of a split, of all silos at once, to the table of features with or without patches."""
-        table = self._tables.get(patches, _Table({}, None))
-        wanted = {record.path: record for silo in self._silos for record in self._records[silo, split]}
-        missing = [record for path, record in wanted.items() if path not in table.rows]
-        missing = [record for record in missing if record.path not in self._unreadable]
-        rows, parts = dict(table.rows), [] if table.content is None else [table.content]
-        problems: dict[Record, str] = {}
-        encoder = _Encoder(self._clip, patches)
-        for record, prepared in _prepared(missing, self._clip.preprocess):
-            if isinstance(prepared, Tensor):
-                rows[record.path] = len(rows)
-                parts += encoder.add(prepared)
-            else:
-                problems[record] = prepared
-            encoder.done += 1
-            if encoder.done % BATCH == 0 or encoder.done == len(missing):
-                on_images(encoder.done, len(missing))
-        parts += encoder.rest()
-        self._note(problems)
-        self._tables[patches] = _Table(rows, _concatenated(parts) if parts else None)
-        return self._tables[patches]
+    def _choose(self, silo: str, wanted: Features, indices: Mapping[str, int]) -> Examples:
+        """The readable examples of a split; rows are [V, N] with augmented views."""
+        table, device = self._tables[wanted], self._clip.device
+        readable = [record for record in self._records[silo, wanted.split] if record.path in table.numbers]
+        if not readable or table.features is None:
+            raise WorkError(FailureReason.DATA_UNAVAILABLE, f"this silo has no readable {wanted.split.value} examples")
+        rows = torch.tensor([table.numbers[record.path] for record in readable])
+        if wanted.views:
+            rows = rows + len(table.numbers) * torch.arange(wanted.views)[:, None]
+        labels = torch.tensor([indices[record.label] for record in readable], device=device)
+        return Examples(table.features, rows.to(rows_device(table.features, device)), labels)
+
+    def _table(self, wanted: Features, on_images: OnImages) -> "_Table":
+        extracted = self._extract(wanted, on_images)
+        listed = [rows[view] for view in range(max(1, wanted.views)) for rows in extracted.rows.values()]
+        numbers = {path: number for number, path in enumerate(extracted.rows)}
+        return _Table(numbers, table_of(listed, self._clip.device) if listed else None)
+
+    def _extract(self, wanted: Features, on_images: OnImages) -> Extracted:
+        """The rows of all silos' images of a split."""
+        records = {record.path: record for silo in self._silos for record in self._records[silo, wanted.split]}
+        known = [record for path, record in records.items() if path not in self._unreadable]
+        extracted = self._extractions[wanted.patches].rows(known, wanted.views, on_images)
+        self._note({records[path]: problem for path, problem in extracted.problems.items()})
+        return extracted
 
     def _note(self, problems: Mapping[Record, str]) -> None:
         self._unreadable |= {record.path: reason for record, reason in problems.items()}
@@ -165,74 +198,10 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class _Table:
-    """Features of images by row; no content before the first image."""
+    """Features of images by their number, those of view v by the number plus v times the images; none of no image."""
 
-    rows: Mapping[Path, int]
-    content: ImageFeatures | None
-
-    @property
-    def features(self) -> ImageFeatures:
-        if self.content is None:
-            raise WorkError(FailureReason.DATA_UNAVAILABLE, "none of this silo's images is readable")
-        return self.content
-
-
-class _Encoder:
-    """Collects prepared images into batches of `BATCH` for the image tower."""
-
-    def __init__(self, clip: FrozenClip, patches: bool) -> None:
-        self._clip = clip
-        self._patches = patches
-        self._waiting: list[Tensor] = []
-        self.done = 0
-
-    def add(self, pixels: Tensor) -> list[ImageFeatures]:
-        """The features of a batch, when this image completes one."""
-        self._waiting.append(pixels)
-        return self.rest() if len(self._waiting) == BATCH else []
-
-    def rest(self) -> list[ImageFeatures]:
-        """The features of what waits; the batch is filled up with its first image. Raises `WorkError`."""
-        count = len(self._waiting)
-        if not count:
-            return []
-        batch = torch.stack([*self._waiting, *[self._waiting[0]] * (BATCH - count)])
-        self._waiting = []
-        pooled, patches = self._clip.encode_images(batch, self._patches)
-        features = ImageFeatures(pooled[:count], None if patches is None else patches[:count])
-        if not all(bool(torch.isfinite(part).all()) for part in features if part is not None):
-            raise WorkError(
-                FailureReason.NOT_FINITE, "CLIP's features of some images are not finite; check the model's weights"
-            )
-        return [features]
-
-
-Prepared = Tensor | str  # pixels [3, H, W], or why there are none
-
-
-def _prepared(records: Sequence[Record], preprocess: Callable[..., Tensor]) -> Iterator[tuple[Record, Prepared]]:
-    """The images with their pixels, in order; while a batch is being encoded, threads decode the next two."""
-
-    def prepare(record: Record) -> Prepared:
-        try:
-            return preprocess(read_image(record.path))
-        except UnreadableImage as problem:
-            return str(problem)
-
-    with ThreadPoolExecutor(DECODERS) as pool:
-        waiting: list[tuple[Record, Future[Prepared]]] = []
-        for record in records:
-            waiting.append((record, pool.submit(prepare, record)))
-            if len(waiting) > 2 * BATCH:
-                first, future = waiting.pop(0)
-                yield first, future.result()
-        for record, future in waiting:
-            yield record, future.result()
-
-
-def _concatenated(parts: Sequence[ImageFeatures]) -> ImageFeatures:
-    patches = [part.patches for part in parts if part.patches is not None]
-    return ImageFeatures(torch.cat([part.pooled for part in parts]), torch.cat(patches) if patches else None)
+    numbers: Mapping[Path, int]
+    features: FeatureTable | None
 
 
 def _header_problem(record: Record) -> str | None:

@@ -1,4 +1,4 @@
-"""What a silo's worker is pointed at: a CLIP and a folder of images. Importable without torch and without Pillow."""
+"""What a silo's worker is pointed at: a CLIP, images, a store of features. Importable without torch and Pillow."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from typing import Literal
 from fedrt.errors import ConfigurationError
 
 Layout = Literal["image_folder", "manifest"]
+ElementType = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,15 @@ class ModelSource:
     architecture: str
     weights: str
     device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """Where features of images are kept on disk, how many bytes of them, and in which precision."""
+
+    directory: Path
+    max_bytes: int
+    element_type: ElementType = "float32"
 
 
 @dataclass(frozen=True)

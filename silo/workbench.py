@@ -3,15 +3,14 @@
 import dataclasses
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 
-from fedrt.errors import ConfigurationError, FailureReason, TensorError, WorkError
-from fedrt.spec import EvaluationSplit, LocalSpec
+from fedrt.errors import FailureReason, TensorError, WorkError
+from fedrt.spec import EvaluationSplit, LocalSpec, Precision
 from fedrt.task import TaskKind
 from fedrt.tensors import (
     Array,
@@ -25,17 +24,17 @@ from fedrt.tensors import (
     initial_tensors,
     of_scope,
 )
-from silo.clip.model import FrozenClip, load_clip
-from silo.clip.text import ClipTextTower
-from silo.data import Split, index
+from silo.clip.model import FrozenClip, memory_bytes
+from silo.data import Split
 from silo.data.labels import match_classes
 from silo.evaluation import evaluate
 from silo.examples import Examples
 from silo.features import FeatureCache
-from silo.method import Classifier, LocalMethod, Params
+from silo.loading import load_features
+from silo.method import Classifier, LocalMethod, Params, TextTower
 from silo.methods import find_local_method, local_method_names
-from silo.sources import ModelSource
-from silo.training import Plan, RoundPosition, Start, train
+from silo.precision import FEATURE_ERROR, feature_error, is_slow
+from silo.training import Plan, RoundPosition, Start, autocast, train
 from silo.work import OWN, OnProgress, WorkerReport, WorkOrder, WorkOutcome
 from silo.worker_frames import Load
 
@@ -52,27 +51,8 @@ log = logging.getLogger(__name__)
 
 
 def open_workbench(load: Load) -> "Workbench":
-    """Index the data and load CLIP. Raises `ConfigurationError`."""
-    if load.threads is not None:
-        torch.set_num_threads(load.threads)
-    found = {silo: index(source) for silo, source in load.data.items()}
-    for one in found.values():
-        if one.ignored_count:
-            log.info("%d files below data.root are no images and were passed over", one.ignored_count)
-    clip = load_clip(_on_device(load.model))
-    cache = FeatureCache(clip, found, {silo: source.max_unreadable_share for silo, source in load.data.items()})
-    try:
-        cache.survey()
-    except WorkError as error:
-        raise ConfigurationError(f"{error}; the log names them: repair or remove them, or raise the share") from error
-    return Workbench(clip, cache)
-
-
-def _on_device(source: ModelSource) -> ModelSource:
-    """`auto` is a GPU if there is one."""
-    if source.device != "auto":
-        return source
-    return dataclasses.replace(source, device="cuda" if torch.cuda.is_available() else "cpu")
+    """Index the data, load CLIP and open the store of features. Raises `ConfigurationError`."""
+    return Workbench(*load_features(load))
 
 
 class Workbench:
@@ -81,7 +61,8 @@ class Workbench:
     def __init__(self, clip: FrozenClip, cache: FeatureCache) -> None:
         self._clip = clip
         self._cache = cache
-        self._towers: dict[tuple[str, ...], ClipTextTower] = {}  # of the latest class lists
+        self._towers: dict[tuple[str, ...], TextTower] = {}  # of the latest class lists
+        self._told_of_slowness = False
         self._report: WorkerReport | None = None  # counting takes long where many silos hold many images
 
     def report(self) -> WorkerReport:
@@ -98,7 +79,7 @@ class Workbench:
             context_dim=self._clip.context_dim,
             feature_dim=self._clip.feature_dim,
             device=self._clip.device_name,
-            memory_bytes=_memory_bytes(self._clip.device),
+            memory_bytes=memory_bytes(self._clip.device),
             class_counts=counts.get(OWN, {}),
             unreadable_count=self._cache.unreadable_count,
             methods=tuple(local_method_names()),
@@ -132,13 +113,30 @@ class Workbench:
         examples = self._examples(order, Split.TRAIN, local.classes, on_progress)
         position = RoundPosition(order.round_number, local.round_count)
         plan = Plan(local.training, position, order.seed)
+        measured = self._precision(local, start)
         trained = train(self._method(local, local.classes), specs, start, examples, plan, on_progress)
         delta = {
             name: np.asarray((tensor - start.received[name]).cpu(), np.float32)
             for name, tensor in trained.shared.items()
         }
         private = {name: np.asarray(tensor.cpu(), np.float32) for name, tensor in trained.private.items()}
-        return WorkOutcome(delta, private, len(examples), trained.metrics, 0.0)
+        return WorkOutcome(delta, private, len(examples), trained.metrics | measured, 0.0)
+
+    def _precision(self, local: LocalSpec, start: Start) -> dict[str, float]:
+        """The metric `feature_error` of the tensors to start from, unless training is in fp32."""
+        precision = local.training.precision
+        if precision is Precision.FP32:
+            return {}
+        if is_slow(precision, self._clip.device) and not self._told_of_slowness:
+            log.warning("training.precision is bf16, for which this CPU has no instructions; fp32 would be faster")
+            self._told_of_slowness = True
+        build, params = find_local_method(local.method_name), {**start.received, **start.private}
+        error = feature_error(
+            lambda text: build(local.method(), text).classify(params),
+            self._tower(local.classes),
+            autocast(precision, self._clip.device),
+        )
+        return {} if error is None else {FEATURE_ERROR: error}
 
     def _evaluate(self, order: WorkOrder, specs: tuple[TensorSpec, ...], on_progress: OnProgress) -> WorkOutcome:
         """The measures of every split that is asked for and held; those of the personal one under their bare names."""
@@ -178,12 +176,14 @@ class Workbench:
             )
 
     def _method(self, local: LocalSpec, classes: tuple[str, ...]) -> LocalMethod:
-        build = find_local_method(local.method_name)
+        return find_local_method(local.method_name)(local.method(), self._tower(classes))
+
+    def _tower(self, classes: tuple[str, ...]) -> TextTower:
         if classes not in self._towers:
             if len(self._towers) == TOWERS:
                 self._towers.pop(next(iter(self._towers)))
             self._towers[classes] = self._clip.text_tower(classes)
-        return build(local.method(), self._towers[classes])
+        return self._towers[classes]
 
     def _indices(self, order: WorkOrder, split: Split, classes: tuple[str, ...]) -> Mapping[str, int]:
         """The class of each label of a split. Raises `WorkError` if one means no class."""
@@ -197,7 +197,8 @@ class Workbench:
     def _examples(self, order: WorkOrder, split: Split, classes: tuple[str, ...], on_progress: OnProgress) -> Examples:
         indices = self._indices(order, split, classes)
         patches = order.local.method().needs_patches
-        return self._cache.examples(order.silo, split, patches, indices, lambda done, total: on_progress(0, 0))
+        views = order.local.training.views if split is Split.TRAIN else 0
+        return self._cache.examples(order.silo, split, patches, indices, lambda done, total: on_progress(0, 0), views)
 
     def _params(self, order: WorkOrder, specs: tuple[TensorSpec, ...]) -> tuple[Params, Params]:
         """The shared tensors as received, and the private ones as held, or their initial values."""
@@ -240,10 +241,3 @@ def _check_finite(outcome: WorkOutcome) -> None:
     for name, value in outcome.metrics.items():
         if not math.isfinite(value):
             raise WorkError(FailureReason.NOT_FINITE, f"the metric {name!r} is not finite")
-
-
-def _memory_bytes(device: torch.device) -> int:
-    """Of the GPU, or of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import silo
 from fedrt.errors import ConfigurationError, FailureReason, RemoteProtocolError, WorkError
-from silo.sources import DataSource, ModelSource
+from silo.sources import DataSource, FeatureSource, ModelSource
 from silo.work import OnProgress, WorkerReport, WorkOrder, WorkOutcome
 from silo.worker_frames import (
     Failed,
@@ -66,7 +66,8 @@ class _Child:
 class ProcessWorker:
     """A `Worker` that keeps one child process. `program` is the child's command line but for the file descriptor.
 
-    `data`: the images of each virtual silo by name, or the daemon's own under `OWN`.
+    `data`: the images of each virtual silo by name, or the daemon's own under `OWN`. `features`: where those of images
+    are kept.
     """
 
     def __init__(
@@ -76,8 +77,9 @@ class ProcessWorker:
         threads: int | None,
         log: WorkerLog,
         program: Sequence[str] = PROGRAM,
+        features: FeatureSource | None = None,
     ) -> None:
-        self._load = Load(model, data, threads)
+        self._load = Load(model, data, threads, features)
         self._log = log
         self._program = tuple(program)
         self._turn = asyncio.Lock()  # one conversation with the child at a time

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedrt.errors import FailureReason, FedrtError, RemoteProtocolError
 from fedrt.payload import ElementType, TensorHeader, headers_of, pack, unpack
 from fedrt.tensors import Tensors
-from silo.sources import DataSource, ModelSource
+from silo.sources import DataSource, FeatureSource, ModelSource
 from silo.work import WorkerReport, WorkOrder, WorkOutcome
 
 MAX_HEADER_BYTES = 64 << 20  # 100,000 class names of 200 characters, escaped
@@ -32,12 +32,14 @@ _LENGTH = struct.Struct(">I")
 class Load:
     """Daemon to worker, first: what to load. `threads`: CPU threads of torch, or its own choice.
 
-    `data`: the images of each virtual silo by name, or of the daemon itself under "".
+    `data`: the images of each virtual silo by name, or of the daemon itself under "". Without `features`, features of
+    images live in memory only.
     """
 
     model: ModelSource
     data: Mapping[str, DataSource]
     threads: int | None
+    features: FeatureSource | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -46,10 +47,10 @@ class UnreadableImage(Exception):
     """A file is no image that this module reads; the message says why and never which file."""
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(source: Path | BinaryIO) -> Image.Image:
     """The image in mode RGB, see the rules above. Raises `UnreadableImage`."""
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             _check_size(image)
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)

@@ -167,6 +167,8 @@ model:
 data:
   root: images/{silo}
   layout: image_folder # one directory per class, below train/ and test/
+features:
+  directory: state/features # computed once; in a hospital this is the silo's own directory
 policy:
   methods: [zeroshot, promptfl] # what may run here; nobody else can change it
   experiments: ["*"]

@@ -17,7 +17,7 @@ from fedrt.locking import DirectoryLock
 from fedrt.log import configure_logging
 from fedrt.metrics import SiloMetrics
 from silo.app import Records, Silo, build_silo, take_state, until_stopped
-from silo.config import SiloConfig, data_source, model_source
+from silo.config import SiloConfig, data_source, feature_source, model_source
 from silo.host.config import HostConfig, check_host_files, silo_config
 from silo.host.crew import Crew
 from silo.host.dealing import prepare_parts, show
@@ -42,7 +42,12 @@ async def serve(config: HostConfig, lifecycle: Lifecycle, program: Sequence[str]
     configure_logging(config.log.level, config.log.format)
     check_host_files(config)
     model, log = model_source(silo_config(config, "any")), structlog.get_logger("silo")
-    await serve_with(config, lifecycle, lambda data: ProcessWorker(model, data, config.model.threads, log, program))
+    features = feature_source(config.features, config.state_directory)
+
+    def make_worker(data: Mapping[str, DataSource]) -> ProcessWorker:
+        return ProcessWorker(model, data, config.model.threads, log, program, features)
+
+    await serve_with(config, lifecycle, make_worker)
 
 
 async def serve_with(config: HostConfig, lifecycle: Lifecycle, make_worker: MakeWorker) -> None:

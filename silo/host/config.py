@@ -10,6 +10,7 @@ from fedrt.notation import Duration, bounded
 from silo.config import (
     CoordinatorSection,
     DataSection,
+    FeaturesSection,
     ModelSection,
     PolicySection,
     ReconnectSection,
@@ -37,6 +38,9 @@ class HostConfig(Section):
     model: ModelSection = Field(description="The frozen CLIP that all virtual silos share")
     data: CollectionSection = Field(description="The data set that is dealt out to the virtual silos")
     partition: PartitionSection = Field(description="How the data set is dealt out")
+    features: FeaturesSection = Field(
+        default_factory=FeaturesSection, description="Where features of images are kept, so that none is encoded twice"
+    )
     policy: PolicySection = Field(default_factory=PolicySection, description="What each virtual silo allows")
     log: LogSection = Field(default_factory=LogSection, description="What is logged to stderr")
     shutdown_grace: Annotated[Duration, bounded("0s", "1d")] = duration(
@@ -78,6 +82,7 @@ def _silo_config(config: HostConfig, name: str, data: DataSection) -> SiloConfig
         state_directory=config.state_directory / "silos" / name,
         model=config.model,
         data=data,
+        features=config.features,
         policy=config.policy,
         metrics=None,
         log=config.log,

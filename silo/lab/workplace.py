@@ -107,6 +107,7 @@ def _host(lab: LabFile, plan: FederationPlan, images: CollectionSection, port: i
         "model": lab.model.model_dump(mode="json"),
         "data": images.model_dump(mode="json"),
         "partition": plan.partition.model_dump(mode="json"),
+        "features": {"directory": str(lab.directory.absolute() / "work" / "features")},  # one for all federations
         "shutdown_grace": "1s",
         "reconnect": {"initial": "200ms", "max": "2s"},
     }

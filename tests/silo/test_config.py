@@ -7,8 +7,8 @@ import pytest
 
 from fedrt.config import effective_yaml
 from fedrt.errors import ConfigurationError
-from silo.config import SiloConfig, check_files, data_source, load_silo_config, model_source
-from silo.sources import DataSource, ModelSource
+from silo.config import SiloConfig, check_files, data_source, feature_source, load_silo_config, model_source
+from silo.sources import DataSource, FeatureSource, ModelSource
 
 TEXT = """
 coordinator: {session_address: "fed.example.org:7443"}
@@ -46,6 +46,15 @@ def test_defaults(load: Any, tmp_path: Path) -> None:
     assert (config.policy.methods, config.policy.experiments, config.policy.min_examples) == (("*",), ("*",), 1)
     assert (config.shutdown_grace, config.reconnect.initial, config.reconnect.max) == (300.0, 1.0, 30.0)
     assert (config.log.level, config.log.format) == ("info", "console")
+
+
+def test_where_features_are_kept(load: Any, tmp_path: Path) -> None:
+    config = load(TEXT)
+    default = feature_source(config.features, config.state_directory)
+    assert default == FeatureSource(config.state_directory / "features", 50 * 2**30, "float32")
+    text = "features: {directory: kept, max_size: 1GiB, element_type: float16}\nidentity:"
+    config = load(TEXT.replace("identity:", text, 1))
+    assert feature_source(config.features, config.state_directory) == FeatureSource(tmp_path / "kept", 2**30, "float16")
 
 
 def test_sources(load: Any, tmp_path: Path) -> None:
@@ -117,6 +126,14 @@ def test_weights_are_a_tag_or_a_path_from_the_directory_of_the_file(
         ("folder}", "folder, test_share: -1}", "data.test_share must be at least 0; got -1"),
         ("identity:", "reconnect: {initial: 1m}\nidentity:", "reconnect: max is 30s, less than initial, which is 1m;"),
         ("identity:", "reconnect: {initial: 0s}\nidentity:", "reconnect.initial must be between 10ms and 1h; got '0s'"),
+        ("identity:", "features: {max_size: 512MiB}\nidentity:", "features.max_size must be at least 1GiB"),
+        ("identity:", "features: {max_size: 50}\nidentity:", "features.max_size must be a size with a unit, such as"),
+        (
+            "identity:",
+            "features: {element_type: int8}\nidentity:",
+            "features.element_type must be 'float32' or 'float16'",
+        ),
+        ("identity:", "features: {size: 1GiB}\nidentity:", "features.size is not a known key"),
         ("identity:", "shutdown_grace: 300\nidentity:", "1h30m; did you mean '300s'?"),
         ("identity:", "federation: A\nidentity:", "federation: federation 'A' is not usable"),
     ],

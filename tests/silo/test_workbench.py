@@ -1,10 +1,11 @@
 """Orders carried out with the embedded CLIP on a small folder of real image files, in this process and in a child."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,16 +18,19 @@ import silo.methods
 from fedrt.aggregation import ServerState, Update
 from fedrt.errors import ConfigurationError, FailureReason, SpecError, TensorError, WorkError
 from fedrt.method import ModelDims
-from fedrt.spec import EvaluationSplit, LocalEvaluationSpec, LocalSpec, ModelSpec, Schedule, TrainingSpec
+from fedrt.spec import EvaluationSplit, LocalEvaluationSpec, LocalSpec, ModelSpec, Precision, Schedule, TrainingSpec
 from fedrt.task import TaskKind
 from fedrt.tensors import Normal, Scope, TensorSpec, initial_tensors
 from silo.clip.model import FrozenClip, load_clip
 from silo.clip.text import ClipTextTower
 from silo.data import Split, index
+from silo.data.images import read_image
 from silo.embedded import embedded_paths
+from silo.examples import Examples
 from silo.features import FeatureCache
 from silo.method import Classifier, ImageFeatures, LocalMethod, Params, TextTower, cross_entropy
 from silo.sources import DataSource, ModelSource
+from silo.training import Start, Trained, train
 from silo.work import OWN, WorkOrder
 from silo.workbench import Workbench, open_workbench
 from silo.worker import ProcessWorker
@@ -325,7 +329,7 @@ def test_features_are_computed_once_for_each_split(clip: FrozenClip, root: Path,
     calls: list[tuple[int, bool]] = []
 
     class Counting:
-        preprocess = staticmethod(clip.preprocess)
+        preprocess, device = staticmethod(clip.preprocess), clip.device
 
         def encode_images(self, images: torch.Tensor, patches: bool) -> ImageFeatures:
             calls.append((len(images), patches))
@@ -367,7 +371,7 @@ def test_features_depend_neither_on_neighbours_nor_on_what_came_before(clip: Fro
 
 def test_features_that_are_not_finite_are_refused(clip: FrozenClip, root: Path) -> None:
     class Damaged:
-        preprocess = staticmethod(clip.preprocess)
+        preprocess, device = staticmethod(clip.preprocess), clip.device
 
         def encode_images(self, images: torch.Tensor, patches: bool) -> ImageFeatures:
             pooled, _ = clip.encode_images(images, patches)
@@ -479,6 +483,125 @@ def test_an_evaluation_measures_each_split_that_is_held(clip: FrozenClip, root: 
     only = dataclasses.replace(spec, evaluation=LocalEvaluationSpec((EvaluationSplit.DOMAIN,)))
     with pytest.raises(WorkError, match="this silo has no domain examples"):
         work.perform(order(only, TaskKind.EVALUATE), quiet)
+
+
+# --- views and precision -------------------------------------------------------------------------------------------
+
+
+def training(spec: LocalSpec, **settings: object) -> LocalSpec:
+    return dataclasses.replace(spec, training=dataclasses.replace(spec.training, **settings))  # type: ignore[arg-type]
+
+
+class NotingTrain:
+    """Notes the examples that each training of the workbench has, and trains."""
+
+    def __init__(self) -> None:
+        self.seen: list[Examples] = []
+
+    def __call__(self, method: LocalMethod, specs: tuple[TensorSpec, ...], start: Start, *rest: Any) -> Trained:
+        self.seen.append(rest[0])
+        return train(method, specs, start, *rest)
+
+
+@pytest.mark.parametrize("method", ["promptfl", "fedotp"])
+def test_views_are_of_the_training_images_only(
+    clip: FrozenClip, root: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    noting, work = NotingTrain(), bench(clip, root)
+    monkeypatch.setattr("silo.workbench.train", noting)
+    spec = training(local(clip, method), views=3)
+    outcome = work.perform(order(spec), quiet)
+    assert outcome.example_count == 16
+    (examples,) = noting.seen
+    assert (len(examples), examples.view_count) == (16, 3)
+    everything = index(DataSource("image_folder", root, test_share=0.2)).of_split(Split.TRAIN)
+    expected = torch.stack(
+        [
+            clip.augment(read_image(record.path), hashlib.sha256(record.path.read_bytes()).hexdigest(), 2)
+            for record in everything
+        ]
+    )
+    features = clip.encode_images(expected, patches=method == "fedotp")
+    found = examples.batch(slice(None), 1).images  # the second view has the number 2
+    torch.testing.assert_close(found.pooled, features.pooled, atol=1e-5, rtol=0)
+    assert (found.patches is None) == (features.patches is None)
+    evaluated = [
+        bench(clip, root).perform(order(each, TaskKind.EVALUATE), quiet).metrics for each in (local(clip, method), spec)
+    ]
+    assert evaluated[0] == evaluated[1]
+
+
+def test_training_on_views_repeats_bit_for_bit_and_goes_on_with_the_rounds(clip: FrozenClip, root: Path) -> None:
+    def after(views: int, round_number: int) -> bytes:
+        given = dataclasses.replace(order(training(local(clip), views=views)), round_number=round_number)
+        return bench(clip, root).perform(given, quiet).shared["context"].tobytes()
+
+    assert after(3, 1) == after(3, 1)
+    assert len({after(0, 1), after(1, 1), after(3, 1), after(3, 2), after(3, 3)}) == 5
+    assert after(3, 4) == after(3, 1)  # two epochs in each of three rounds are two times three views
+
+
+@pytest.mark.parametrize("method", ["promptfl", "coop", "fedprox", "fedpgp", "promptfolio", "fedotp"])
+def test_bf16_reports_the_error_of_its_features_and_repeats_bit_for_bit(
+    clip: FrozenClip, root: Path, method: str
+) -> None:
+    hyperparameters = '{"context_length":2,"rank":1}' if method == "fedpgp" else '{"context_length":2}'
+    full = local(clip, method, hyperparameters)
+    half = training(full, precision=Precision.BF16)
+    exact, first, again = (bench(clip, root).perform(order(spec), quiet) for spec in (full, half, half))
+    assert set(exact.metrics) == {"loss"}
+    assert set(first.metrics) == {"loss", "feature_error"}
+    assert 0 < first.metrics["feature_error"] < 0.05
+    assert first.metrics == again.metrics
+    for one, other in ((first.shared, again.shared), (first.private, again.private)):
+        assert {name: array.tobytes() for name, array in one.items()} == {n: a.tobytes() for n, a in other.items()}
+    assert first.metrics["loss"] == pytest.approx(exact.metrics["loss"], rel=0.1)
+
+
+def test_the_error_is_that_of_the_tensors_to_start_from(clip: FrozenClip, root: Path) -> None:
+    spec, work = training(local(clip), precision=Precision.BF16), bench(clip, root)
+    given = order(spec)
+    tower = clip.text_tower(CLASSES)
+    context = torch.from_numpy(given.shared["context"])
+    with torch.no_grad():
+        exact = tower.encode(context)
+        with torch.autocast("cpu", torch.bfloat16):
+            reduced = tower.encode(context)
+    expected = float((exact - reduced.float()).abs().max())
+    assert work.perform(given, quiet).metrics["feature_error"] == expected
+    moved = dataclasses.replace(given, shared={"context": given.shared["context"] * 2}, round_number=2)
+    assert work.perform(moved, quiet).metrics["feature_error"] != expected
+
+
+def test_evaluation_is_in_float32_whatever_training_computes_in(clip: FrozenClip, root: Path) -> None:
+    work, full = bench(clip, root), local(clip)
+    measured = [
+        work.perform(order(training(full, precision=precision), TaskKind.EVALUATE), quiet).metrics
+        for precision in Precision
+    ]
+    assert measured[0] == measured[1] == measured[2]
+    assert "feature_error" not in measured[0]
+
+
+def test_fp16_on_a_cpu_is_refused_before_anything_is_computed(clip: FrozenClip, root: Path) -> None:
+    with pytest.raises(WorkError, match="fp16, which needs CUDA"):
+        bench(clip, root).perform(order(training(local(clip), precision=Precision.FP16)), quiet)
+
+
+@pytest.mark.parametrize(("slow", "warnings"), [(True, 1), (False, 0)])
+def test_a_cpu_that_is_slow_with_bf16_is_told_once(
+    clip: FrozenClip,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    slow: bool,
+    warnings: int,
+) -> None:
+    monkeypatch.setattr("silo.workbench.is_slow", lambda precision, device: slow)
+    spec, work = training(local(clip), precision=Precision.BF16, local_epochs=1), bench(clip, root)
+    for _ in range(2):
+        work.perform(order(spec), quiet)
+    assert caplog.text.count("training.precision is bf16, for which this CPU has no instructions") == warnings
 
 
 # --- in a child ----------------------------------------------------------------------------------------------------

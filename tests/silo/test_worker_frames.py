@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fedrt.errors import FailureReason, RemoteProtocolError
 from fedrt.spec import LocalSpec, ModelSpec, OptimizerName, OptimizerSpec, Precision, Schedule, TrainingSpec
 from fedrt.task import TaskKind
-from silo.sources import DataSource, ModelSource
+from silo.sources import DataSource, FeatureSource, ModelSource
 from silo.work import WorkerReport, WorkOrder, WorkOutcome
 from silo.worker_frames import (
     Failed,
@@ -61,6 +61,12 @@ FRAMES: list[Frame] = [
         2,
     ),
     Load(ModelSource("a", "b"), {"": DataSource("image_folder", Path("/d"))}, None),
+    Load(
+        ModelSource("a", "b"),
+        {"": DataSource("image_folder", Path("/d"))},
+        None,
+        FeatureSource(Path("/f"), 2**40, "float16"),
+    ),
     Ready(WorkerReport("a", "00", 4, 8, "cpu", 2**40, {"train": {"x": 1}, "test": {}}, 3, ("promptfl",))),
     Misconfigured('wrong "quotes"\n'),
     Progress(3, 0),

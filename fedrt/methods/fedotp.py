@@ -22,9 +22,10 @@ class FedOTP(LearnedContext):
     every prompt receives 1/N, and `mass` means nothing. `entropy` is ε, the weight of the plan's entropy: a small one
     gives each prompt few patches of its own. Logits are γ · s times a mean cosine, so a small mass also flattens them.
 
-    The plan is found in at most `max_sweeps` sweeps, fewer once a sweep changes little, measured by `threshold`. With
-    `stopping: problem` each image and class is judged by itself. With `stack`, as in the authors' code, all of a batch
-    go on together, so that the logits of an image depend slightly on its batch.
+    With `stopping: problem` the plan of each image and class depends on these two only. For two prompts it is exact up
+    to rounding. For more it is found in at most `max_sweeps` sweeps, fewer once a sweep changes little, measured by
+    `threshold`. With `stack`, as in the authors' code, it is found by such sweeps for any number of prompts, and all of
+    a batch go on together, so that the logits of an image depend slightly on its batch.
 
     Contexts that start from the same words get the same gradient; only averaging with other silos parts the shared
     ones from the private ones.

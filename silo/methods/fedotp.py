@@ -35,7 +35,7 @@ def build(method: FedOTP, text: TextTower) -> LocalMethod:
                 raise ValueError("method 'fedotp' classifies by patches, but the images have pooled features only")
             cosines = similarity(images.patches, prompts)
             plan = transport_plan(cosines, transport)
-            return text.logit_scale * (plan * cosines).sum((-2, -1))  # [B, C]
+            return text.logit_scale * (plan * cosines).sum((-2, -1)).T  # [B, C]
 
         return logits
 
@@ -43,10 +43,11 @@ def build(method: FedOTP, text: TextTower) -> LocalMethod:
 
 
 def similarity(patches: Tensor, prompts: Tensor) -> Tensor:
-    """Cosines S [B, C, M, N] of unit-norm patches [B, M, D] and prompts [N, C, D].
+    """Cosines S [C, B, M, N] of unit-norm patches [B, M, D] and prompts [N, C, D].
 
-    In float32 at least, also under autocast: the plan divides them by ε, and a rounding error with them.
+    In float32 at least, also under autocast: the plan divides them by ε, and a rounding error with them. In memory they
+    are [N, C, B, M], as one product of matrices gives them and as `transport_plan` takes them, so nothing is copied.
     """
     exact = torch.promote_types(patches.dtype, torch.float32)
     with torch.autocast(patches.device.type, enabled=False):
-        return torch.einsum("ncd,bmd->bcnm", prompts.to(exact), patches.to(exact)).mT
+        return torch.einsum("ncd,bmd->ncbm", prompts.to(exact), patches.to(exact)).movedim(0, -1)

@@ -17,12 +17,13 @@ from silo.methods.fedotp import build, similarity
 from silo.transport import Transport, transport_plan
 
 PLANS = 5e-6  # the tolerance of plans
-FINE: dict[str, Any] = {"stopping": "problem", "threshold": 1e-6}  # our rule, with a threshold finer than that
+EXACT: dict[str, Any] = {"stopping": "problem"}  # of two prompts our rule gives the plan that sweeps tend to
+UNCONVERGED = 2e-3  # how far logits are then from those recorded after 100 sweeps, where these were too few
 CASES = ("cot", "sinkhorn", "rn")
-CONVERGED = ("sinkhorn", "rn")  # cot needs more than its 100 sweeps: the limit is 3e-5 away
+CONVERGED = ("sinkhorn", "rn")  # cot needs more: the limit is 3e-5 away
 
 every_case = pytest.mark.parametrize("case", CASES)
-both_rules = pytest.mark.parametrize("rule", [{}, FINE], ids=["stack", "problem"])
+both_rules = pytest.mark.parametrize("rule", [{}, EXACT], ids=["stack", "problem"])
 
 
 def declared(about: dict[str, Any], **changed: Any) -> FedOTP:
@@ -58,9 +59,11 @@ class Case:
         text = self.clip.text_tower(reference.class_names)
         return class_features(text, self.method, *self.start.values()).flatten(0, 1)
 
-    def cosines(self, reference: Reference) -> Tensor:
+    def plan(self, reference: Reference) -> Tensor:
+        """The plans [B, C, M, N] of all images and classes."""
         assert self.batch.images.patches is not None
-        return similarity(self.batch.images.patches, self.prompts(reference))
+        cosines = similarity(self.batch.images.patches, self.prompts(reference))
+        return transport_plan(cosines, transport(self.method)).transpose(0, 1)
 
 
 def load(reference: Reference, name: str, **changed: Any) -> Case:
@@ -97,18 +100,20 @@ def test_text_features(reference: Reference) -> None:
 
 
 @every_case
-@both_rules
-def test_plans(reference: Reference, case: str, rule: dict[str, Any]) -> None:
-    found = load(reference, case, **rule)
-    plan = transport_plan(found.cosines(reference), transport(found.method))
-    within(plan, found.expected["transport_plan"], PLANS)
+def test_plans(reference: Reference, case: str) -> None:
+    found = load(reference, case)
+    within(found.plan(reference), found.expected["transport_plan"], PLANS)
 
 
 @every_case
-def test_which_plans_had_converged(reference: Reference, case: str) -> None:
-    found = load(reference, case, **FINE, max_sweeps=10_000)
-    off = transport_plan(found.cosines(reference), transport(found.method)) - found.expected["transport_plan"]
-    assert (float(off.abs().max()) <= PLANS) == (case in CONVERGED)
+def test_exact_plans(reference: Reference, case: str) -> None:
+    """They are the recorded ones where these had converged; and no patch gives too much, as it does in the others."""
+    found = load(reference, case, **EXACT)
+    plan, recorded = found.plan(reference), found.expected["transport_plan"]
+    within(plan, recorded, 4e-5)
+    assert (float((plan - recorded).abs().max()) <= PLANS) == (case in CONVERGED)
+    assert float(plan.sum(-1).max() * plan.shape[-2]) <= 1 + 2e-6
+    assert (float(recorded.sum(-1).max() * plan.shape[-2]) <= 1 + 1e-4) == (case in CONVERGED)
 
 
 @every_case
@@ -117,21 +122,14 @@ def test_logits_loss_and_gradient(reference: Reference, case: str, rule: dict[st
     found = load(reference, case, **rule)
     local = build(found.method, found.clip.text_tower(reference.class_names))
     params = variables(**found.start)
-    close(local.classify(params)(found.batch.images), found.expected["logits"])
-    loss = local.loss(params, {}, found.batch)
-    close(loss, found.expected["loss"])
-    close(torch.stack(list(gradients(loss, params).values())), found.expected["grad_ctx"])
-
-
-@every_case
-def test_the_published_threshold_with_our_rule(reference: Reference, case: str) -> None:
-    """It stops some problems sooner than the recorded sweeps: sums are right to 1e-3, logits nearly so."""
-    found = load(reference, case, stopping="problem")
-    plan = transport_plan(found.cosines(reference), transport(found.method))
-    assert float(plan.sum(-1).max() * plan.shape[-2]) <= 1.0011
-    within(plan, found.expected["transport_plan"], 3e-4)
-    local = build(found.method, found.clip.text_tower(reference.class_names))
-    within(local.classify(found.start)(found.batch.images), found.expected["logits"], 1e-2)
+    logits, loss = local.classify(params)(found.batch.images), local.loss(params, {}, found.batch)
+    gradient = torch.stack(list(gradients(loss, params).values()))
+    pairs = [(logits, "logits"), (loss, "loss"), (gradient, "grad_ctx")]
+    for actual, name in pairs:
+        if rule and case not in CONVERGED:
+            within(actual, found.expected[name], UNCONVERGED)
+        else:
+            close(actual, found.expected[name])
 
 
 @pytest.mark.parametrize(
@@ -189,4 +187,8 @@ def test_two_rounds(reference: Reference, rule: dict[str, Any]) -> None:
     local, images = reference.local(method), reference.batch(0, patches=True).images
     for silo in range(3):
         params = {**rounds[-1].shared, **rounds[-1].private[silo]}
-        close(local.classify(params)(images), recorded[f"final_client{silo}_logits"])
+        logits, expected = local.classify(params)(images), recorded[f"final_client{silo}_logits"]
+        if rule:
+            within(logits, expected, UNCONVERGED)
+        else:
+            close(logits, expected)

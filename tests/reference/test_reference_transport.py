@@ -1,4 +1,4 @@
-"""The nine recorded transport plans: by the rule for stacks that they were recorded with, and by fedrt's own."""
+"""The nine recorded transport plans: by the rule for stacks that they were recorded with, and the exact ones."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from silo.transport import Transport, transport_plan
 
 PLANS = 5e-6  # the tolerance of plans
 CASES: list[dict[str, Any]] = settings("ot_solver")["cases"] if FOLDER.is_dir() else []
-CONVERGED = {3, 4, 6, 7, 8}  # 0, 1 and 2 would need more than their 100 sweeps, and 5 more than its 3
+OFF = {0: 8e-4, 1: 4e-5, 2: 4e-5, 5: 0.3}  # recorded after 100 sweeps, 5 after 3: too few. How far they are at most
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"case {case['index']}")
 
@@ -41,30 +41,23 @@ def test_the_rule_for_stacks(case: dict[str, Any]) -> None:
 
 
 @every_case
-def test_the_rule_for_each_problem(case: dict[str, Any]) -> None:
-    """With a threshold finer than the tolerance. What had not converged ends at the same last sweep."""
-    within(*solved(case, stopping="problem", threshold=1e-6), PLANS)
-
-
-@every_case
-def test_which_cases_had_converged(case: dict[str, Any]) -> None:
-    plan, recorded = solved(case, stopping="problem", threshold=1e-6, max_sweeps=10_000)
-    if case["index"] in CONVERGED:
-        within(plan, recorded, PLANS)
-    else:
-        assert float((plan - recorded).abs().max()) > 2 * PLANS
-
-
-@every_case
-def test_sums_with_the_default_threshold(case: dict[str, Any]) -> None:
-    plan, recorded = solved(case, stopping="problem", threshold=1e-3)
+def test_the_exact_plans(case: dict[str, Any]) -> None:
+    """Two prompts leave nothing to a threshold or a number of sweeps. Columns and rows sum to what they should."""
+    plan, recorded = solved(case, stopping="problem")
+    within(plan, recorded, OFF.get(case["index"], PLANS))
+    assert (float((plan - recorded).abs().max()) > 2 * PLANS) == (case["index"] in OFF)
     rows = plan.sum(2) * plan.shape[1]
     torch.testing.assert_close(plan.sum(1), torch.full_like(plan[:, 0], case["gamma"] / plan.shape[2]))
-    in_time = case["index"] not in {0, 5}  # 100 sweeps are too few with all mass on the way, and 3 are anyway
-    assert (float(rows.max()) <= 1.00101) == in_time
-    if case["solver"] == "Sinkhorn":
-        assert float(rows.min()) >= 0.99899
-    within(plan, recorded, 2e-3)
+    assert float(rows.max()) <= 1 + 2e-6
+    if case["gamma"] == 1:
+        assert float(rows.min()) >= 1 - 2e-6
+    assert (float(recorded.sum(2).max() * plan.shape[1]) > 1 + 1e-5) == (case["index"] in OFF)
+
+
+@every_case
+def test_very_many_sweeps_tend_to_the_exact_plans(case: dict[str, Any]) -> None:
+    exact, sweeps = solved(case, stopping="problem")[0], solved(case, threshold=1e-300, max_sweeps=10_000)[0]
+    within(sweeps, exact, PLANS)
 
 
 @every_case

@@ -196,7 +196,7 @@ def with_plan(params: Params, plan: Tensor | None, mass: float, entropy: float, 
     cosines = similarity(patches_of(batch.images), torch.stack([text.encode(tensor) for tensor in params.values()]))
     if plan is None:
         plan = mass / 2 * (cosines / entropy).softmax(-2)
-    return F.cross_entropy(text.logit_scale * (plan * cosines).sum((-2, -1)), batch.labels)
+    return F.cross_entropy(text.logit_scale * (plan * cosines).sum((-2, -1)).T, batch.labels)
 
 
 def test_the_plan_is_a_constant_for_the_gradient() -> None:
@@ -318,20 +318,32 @@ def test_similarities_are_not_rounded_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         cosines = similarity(patches, prompts)
     assert torch.equal(cosines, similarity(patches, prompts))
-    assert cosines.shape == (5, 3, 7, 2)
+    assert cosines.shape == (3, 5, 7, 2)
+    assert cosines.movedim(-1, 0).is_contiguous()  # as the plan wants it
     for b, c, m, n in ((0, 0, 0, 0), (4, 2, 6, 1), (1, 2, 3, 0)):
-        assert float(cosines[b, c, m, n]) == pytest.approx(float(patches[b, m] @ prompts[n, c]), abs=1e-6)
+        assert float(cosines[c, b, m, n]) == pytest.approx(float(patches[b, m] @ prompts[n, c]), abs=1e-6)
 
 
 def test_the_settings_of_the_search_arrive() -> None:
+    params = tensors(declared(context_count=2))  # four prompts, whose plans are found by sweeps
+
+    def logits(**settings: Any) -> Tensor:
+        return local(declared(context_count=2, **settings)).classify(params)(images())
+
+    usual = logits()
+    for settings in ({"max_sweeps": 2}, {"threshold": 1.0}, {"entropy": 0.2}, {"mass": 0.7}, {"solver": "balanced"}):
+        assert float((logits(**settings) - usual).abs().max()) > 1e-3, settings
+
+
+def test_the_exact_plan_of_two_prompts_is_what_the_sweeps_tend_to() -> None:
     params = tensors(declared())
 
     def logits(**settings: Any) -> Tensor:
         return local(declared(**settings)).classify(params)(images())
 
-    usual = logits()
-    for settings in ({"max_sweeps": 2}, {"threshold": 1.0}, {"entropy": 0.2}, {"mass": 0.7}, {"solver": "balanced"}):
-        assert float((logits(**settings) - usual).abs().max()) > 1e-3, settings
+    exact = logits()
+    assert torch.equal(logits(threshold=1.0, max_sweeps=1), exact)  # which only bound the sweeps
+    torch.testing.assert_close(logits(stopping="stack", threshold=1e-9, max_sweeps=10_000), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_an_image_depends_on_its_batch_only_if_all_stop_together() -> None:

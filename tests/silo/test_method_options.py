@@ -27,7 +27,9 @@ OPTIONS: list[dict[str, Any]] = [
     *({"class_position": str(position)} for position in ClassPosition),
     {"context_count": 2, "class_specific": True, "class_position": "middle"},
 ]
-EXACT: dict[str, dict[str, Any]] = {"fedotp": {"threshold": 1e-7, "max_sweeps": 10_000}}  # searches to its end
+EXACT: dict[str, dict[str, Any]] = {
+    "fedotp": {"threshold": 1e-7, "max_sweeps": 10_000}
+}  # for more than two prompts: search to the end
 
 every_learning_method = pytest.mark.parametrize("name", sorted(set(BUILT_IN) - {"zeroshot"}))
 

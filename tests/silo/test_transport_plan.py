@@ -1,4 +1,4 @@
-"""Transport plans: numbers by hand, sums of rows and columns, limiting cases, tiny entropies, and a plain solver."""
+"""Transport plans by sweeps, and what holds for all: by hand, sums, limits, tiny entropies, and a plain solver."""
 
 import dataclasses
 import math
@@ -59,6 +59,8 @@ def transports(draw: st.DrawFn) -> Transport:
 
 @given(problems(), transports())
 def test_every_sweep_is_the_plain_one(similarity: Tensor, transport: Transport) -> None:
+    if similarity.shape[-1] == 2:  # of two prompts only the authors' rule finds plans by sweeps
+        transport = dataclasses.replace(transport, stopping="stack")
     expected = torch.stack([plain(problem, transport) for problem in similarity])
     torch.testing.assert_close(transport_plan(similarity.double(), transport), expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(transport_plan(similarity, transport).double(), expected, rtol=1e-3, atol=1e-6)
@@ -110,7 +112,7 @@ def test_all_mass_for_one_prompt_uses_every_patch_alike() -> None:
 
 
 def test_all_mass_tends_to_the_balanced_plan() -> None:
-    similarity = cosines(3, 6, 2).double()
+    similarity = cosines(3, 6, 3).double()
     capped, balanced = (transport_plan(similarity, Transport(0.1, mass, 1e-12, 100_000)) for mass in (1.0, None))
     torch.testing.assert_close(capped, balanced, rtol=1e-5, atol=1e-8)
 
@@ -135,14 +137,15 @@ def test_a_tiny_entropy_fills_the_best_patches_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("entropy", [0.01, 0.001])
 @pytest.mark.parametrize("mass", [0.8, None])
+@pytest.mark.parametrize("prompts", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_small_entropies_do_not_overflow(entropy: float, mass: float | None, dtype: torch.dtype) -> None:
-    similarity = cosines(4, 49, 2, spread=0.05).to(dtype)
+def test_small_entropies_do_not_overflow(entropy: float, mass: float | None, prompts: int, dtype: torch.dtype) -> None:
+    similarity = cosines(4, 49, prompts, spread=0.05).to(dtype)
     transport = Transport(entropy, mass, threshold=EXACT)
     plan = transport_plan(similarity, transport)
     assert plan.dtype is torch.float32
     assert bool(plan.isfinite().all())
-    torch.testing.assert_close(plan.sum(1), torch.full((4, 2), (mass or 1) / 2), rtol=1e-5, atol=0)
+    torch.testing.assert_close(plan.sum(1), torch.full((4, prompts), (mass or 1) / prompts), rtol=1e-5, atol=0)
     twin = transport_plan(similarity.double(), transport)
     torch.testing.assert_close(plan.double(), twin, rtol=0.02, atol=1e-5)
     with np.errstate(all="ignore"):
@@ -160,7 +163,7 @@ def test_extreme_similarities_at_a_tiny_entropy(mass: float | None) -> None:
 
 
 def test_a_stack_whose_scaling_vectors_overflow_goes_on_to_the_last_sweep() -> None:
-    similarity = cosines(3, 20, 2)
+    similarity = cosines(3, 20, 3)
     stack = transport_plan(similarity, Transport(0.001, 0.8, 1e3, stopping="stack"))
     assert torch.equal(stack, transport_plan(similarity, Transport(0.001, 0.8, EXACT)))
 
@@ -176,30 +179,32 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert transport_plan(similarity.double(), UNBALANCED).dtype is torch.float64
 
 
-def stacked() -> Tensor:
+def stacked(prompts: int = 2) -> Tensor:
     """Problems that stop at very different sweeps: nearly equal patches, and very unequal ones."""
-    return torch.cat([cosines(9, 50, 2, spread=spread, seed=at) for at, spread in enumerate((0.0, 0.02, 0.1, 0.5))])
+    spreads = (0.0, 0.02, 0.1, 0.5)
+    return torch.cat([cosines(9, 50, prompts, spread=spread, seed=at) for at, spread in enumerate(spreads)])
 
 
 @pytest.mark.parametrize("mass", [0.8, None])
 @pytest.mark.parametrize("entropy", [0.1, 0.01])
+@pytest.mark.parametrize("prompts", [2, 3])
 def test_a_plan_is_the_same_alone_in_a_stack_and_in_another_order(
-    mass: float | None, entropy: float, monkeypatch: pytest.MonkeyPatch
+    mass: float | None, entropy: float, prompts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    transport, similarity = Transport(entropy, mass), stacked()
+    transport, similarity = Transport(entropy, mass), stacked(prompts)
     together = transport_plan(similarity, transport)
     order = torch.randperm(len(similarity), generator=torch.Generator().manual_seed(1))
     assert torch.equal(transport_plan(similarity[order], transport), together[order])
     for at, problem in enumerate(similarity):
         assert torch.equal(transport_plan(problem, transport), together[at])
-    assert torch.equal(transport_plan(similarity.reshape(3, 12, 50, 2), transport).flatten(0, 1), together)
+    assert torch.equal(transport_plan(similarity.reshape(3, 12, 50, prompts), transport).flatten(0, 1), together)
     monkeypatch.setattr("silo.transport.SLICE_ON_CPU", 500)  # five problems at a time
     assert torch.equal(transport_plan(similarity, transport), together)
     monkeypatch.setattr("silo.transport.LOOK_ON_CPU", 7)  # looking later changes nothing
     assert torch.equal(transport_plan(similarity, transport), together)
-    # and it is no accident: they do stop at different sweeps, and a sweep more changes them
+    # and it is no accident: they do stop at different sweeps, and a sweep more changes them; two prompts leave nothing
     longer = transport_plan(similarity, dataclasses.replace(transport, threshold=EXACT))
-    assert float((longer - together).abs().max()) > 1e-6
+    assert (float((longer - together).abs().max()) > 1e-6) == (prompts == 3)
 
 
 @pytest.mark.parametrize("mass", [0.8, None])
@@ -237,7 +242,7 @@ def first_quiet_sweep(problems: Tensor, transport: Transport) -> int:
 
 @pytest.mark.parametrize(("mass", "stack_threshold"), [(0.8, 5.0), (None, 0.05)])
 def test_when_the_sweeps_end(mass: float | None, stack_threshold: float) -> None:
-    similarity = cosines(3, 6, 2, seed=4).double()
+    similarity = cosines(3, 6, 3, seed=4).double()
     alone = Transport(0.1, mass)
     counts = [sweeps_made(problem, alone) for problem in similarity]
     assert counts == [first_quiet_sweep(problem[None], alone) for problem in similarity]
@@ -248,10 +253,10 @@ def test_when_the_sweeps_end(mass: float | None, stack_threshold: float) -> None
 
 @pytest.mark.parametrize("mass", [0.8, None])
 def test_sweeps_that_end_too_early_leave_columns_exact_and_rows_not(mass: float | None) -> None:
-    similarity = cosines(4, 20, 2, spread=0.5)
+    similarity = cosines(4, 20, 3, spread=0.5)
     early, enough = (transport_plan(similarity, Transport(0.05, mass, max_sweeps=n)) for n in (2, 10_000))
     for plan in (early, enough):
-        torch.testing.assert_close(plan.sum(1), torch.full((4, 2), (mass or 1) / 2))
+        torch.testing.assert_close(plan.sum(1), torch.full((4, 3), (mass or 1) / 3))
     assert float((early.sum(2) * 20).max()) > 1.1
     assert float((enough.sum(2) * 20).max()) < math.exp(1e-3) + 1e-5
 
@@ -283,8 +288,11 @@ def test_any_leading_axes(shape: tuple[int, ...], stopping: Literal["problem", "
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("mass", [0.8, None])
+@pytest.mark.parametrize("prompts", [2, 3])
 @pytest.mark.parametrize("stopping", ["problem", "stack"])
-def test_cuda_gives_the_plans_of_the_cpu(mass: float | None, stopping: Literal["problem", "stack"]) -> None:
-    transport = Transport(0.1, mass, stopping=stopping)
-    on_device = transport_plan(stacked().cuda(), transport).cpu()
-    torch.testing.assert_close(on_device, transport_plan(stacked(), transport), rtol=2e-3, atol=1e-7)
+def test_cuda_gives_the_plans_of_the_cpu(
+    mass: float | None, prompts: int, stopping: Literal["problem", "stack"]
+) -> None:
+    transport, similarity = Transport(0.1, mass, stopping=stopping), stacked(prompts)
+    on_device = transport_plan(similarity.cuda(), transport).cpu()
+    torch.testing.assert_close(on_device, transport_plan(similarity, transport), rtol=2e-3, atol=1e-7)

@@ -89,18 +89,25 @@ class RecordWriter:
     def __init__(self, descriptor: int, words: int) -> None:
         self._descriptor = descriptor
         self._words = words
-        self.count = os.fstat(descriptor).st_size // (4 * words)
+        self.count = self._count()
 
     def append(self, payload: Words) -> None:
-        """Write payloads [N, words - 1] durably. Raises `OSError`; then the next call writes in the same place."""
-        records = sealed(payload)
-        write_all(self._descriptor, memoryview(records.tobytes()), 4 * self._words * self.count)
-        os.fdatasync(self._descriptor)
-        self.count += len(records)
+        """Write payloads [N, words - 1] durably.
+
+        Raises `OSError`; the next call goes on after the last whole record, for others may have read those before it.
+        """
+        try:
+            write_all(self._descriptor, memoryview(sealed(payload).tobytes()), 4 * self._words * self.count)
+            os.fdatasync(self._descriptor)
+        finally:
+            self.count = self._count()
 
     def close(self) -> None:
         """Let another process write."""
         os.close(self._descriptor)
+
+    def _count(self) -> int:
+        return os.fstat(self._descriptor).st_size // (4 * self._words)
 
 
 def _check(payload: Words) -> Words:

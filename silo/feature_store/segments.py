@@ -147,16 +147,20 @@ class SegmentWriter:
         return self.header.capacity - (self._records.count - 1)
 
     def write(self, keys: Sequence[RowKey], rows: Sequence[Row]) -> None:
-        """Make rows durable, then their records. Raises `OSError`; nothing is written then, and one may try again."""
+        """Make rows durable, then their records. Raises `OSError`; one may try again with all of them.
+
+        Rows that have a record are never touched again, whatever fails: another process may have them mapped, and would
+        read others, or be killed (SIGBUS) where the file ends before its mapping.
+        """
         offset = (self._records.count - 1) * self.header.row_bytes
         try:
             write_all(self.kept, np.stack(rows).data.cast("B"), offset)
             os.fdatasync(self.kept)
-            self._records.append(_records(keys, map(checksum, keys, rows)))
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.kept, offset)  # a full disk is not to be filled with what is no row
             raise
+        self._records.append(_records(keys, map(checksum, keys, rows)))
 
     def close(self) -> None:
         """Let another process go on with the segment once nobody maps it."""

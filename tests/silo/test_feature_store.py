@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from silo.feature_store import (
     row_key,
     summarize,
 )
+from silo.feature_store import records as records_module
 from silo.feature_store.records import RecordWriter, lock_file, read_records, sealed, valid
 from silo.feature_store.room import NoRoom, segment_bytes
 
@@ -153,6 +155,31 @@ def test_rows_found_before_stay_when_the_segment_grows(place: Path) -> None:
         shelf.save(rows(2))
         assert agree(shelf.find([key(1), key(2)]), rows(1, 2))
         assert agree(before, rows(1))
+
+
+@pytest.mark.parametrize("written", [48, 96, 110])
+def test_rows_with_a_record_stay_when_the_disk_refuses_the_rest(
+    place: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    """Another process may have mapped them: it would be killed where they are cut off, and misled where replaced."""
+    with opened(place) as shelf, opened(place) as reader:
+        shelf.save(rows(1))
+        keys_path = files(place, "keys")[0]
+
+        def refuse(descriptor: int, content: memoryview, at: int) -> None:
+            os.pwrite(descriptor, content[:written], at)
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(records_module, "write_all", refuse)
+        with pytest.raises(StorageError, match="the disk is full"):
+            shelf.save(rows(2, 3, 4))
+        monkeypatch.undo()
+        before = reader.find([key(n) for n in range(9)])
+        assert agree(before, rows(*range(1, 2 + written // 48)))
+        shelf.save(rows(5, 6, 7))
+        assert agree(before, rows(*range(1, 2 + written // 48)))
+        assert agree(reader.find([key(n) for n in range(5, 9)]), rows(5, 6, 7))
+        assert valid(read_records(keys_path, 12)).all()
 
 
 def damaged_copy(place: Path, suffix: str, content: bytes) -> Path:

@@ -32,6 +32,7 @@ from silo.feature_store.records import (
 
 WORDS = 12  # of a record of 48 bytes: 9 of the key, the checksum, one of no meaning, the check word
 KEY_WORDS = KEY_BYTES // 4
+CHECKED_AT_ONCE = 64  # rows, by one thread: a future for each of a million rows would take more than the rows
 _MAGIC = b"fedrtfea"
 
 
@@ -99,15 +100,21 @@ class Segment:
         with contextlib.suppress(OSError):
             os.utime(self._keys_path)  # it is in use now
 
-        def is_whole(at: int) -> bool:
-            return at <= len(rows) and checksum(keys[at], rows[at - 1]) == int(records[at, KEY_WORDS])
+        def whole(part: list[int]) -> list[bool]:
+            checksums = records[part, KEY_WORDS].tolist()
+            return [
+                at <= len(rows) and checksum(keys[at], rows[at - 1]) == expected
+                for at, expected in zip(part, checksums, strict=True)
+            ]
 
         found: dict[RowKey, Row] = {}
-        for at, whole in zip(numbers, pool.map(is_whole, numbers), strict=True):
-            if whole:
-                found.setdefault(keys[at], rows[at - 1])
-            else:
-                self._forget(at)
+        parts = [numbers[at : at + CHECKED_AT_ONCE] for at in range(0, len(numbers), CHECKED_AT_ONCE)]
+        for part, are_whole in zip(parts, pool.map(whole, parts), strict=True):
+            for at, is_whole in zip(part, are_whole, strict=True):
+                if is_whole:
+                    found.setdefault(keys[at], rows[at - 1])
+                else:
+                    self._forget(at)
         return found
 
     def _map(self, header: Header, count: int) -> npt.NDArray[np.floating] | None:

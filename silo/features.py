@@ -21,7 +21,7 @@ from silo.data.records import count_classes
 from silo.encoding import decoder_count
 from silo.examples import Examples, FeatureTable
 from silo.extraction import Extracted, Extraction, OnImages
-from silo.feature_store import FeatureStore
+from silo.feature_store import FeatureStore, map_in_parts
 from silo.feature_tables import rows_device, table_of
 from silo.sources import ElementType
 
@@ -111,7 +111,7 @@ class FeatureCache:
         """
         records = {record.path: record for records in self._records.values() for record in records}
         with ThreadPoolExecutor(decoder_count()) as pool:
-            reasons = list(pool.map(_header_problem, records.values()))
+            reasons = list(map_in_parts(pool, _header_problem, list(records.values())))
         self._note({record: why for record, why in zip(records.values(), reasons, strict=True) if why is not None})
         for silo, split in self._records:
             self._check(silo, split)

@@ -8,9 +8,10 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,7 +21,17 @@ WORDS = 17  # 32 bytes of the state, 32 of the content, the check word
 MAX_BYTES = 256 << 20  # of all that is remembered, about four million files
 READERS = 8  # threads
 NOTED_AT_ONCE = 4096  # digests that are computed until they are written
+MAPPED_AT_ONCE = 4096  # files, to threads
 SETTLED = 2_000_000_000  # nanoseconds after which a further change of the file has another time
+
+_Given = TypeVar("_Given")
+_Result = TypeVar("_Result")
+
+
+def map_in_parts(pool: Executor, function: Callable[[_Given], _Result], given: Sequence[_Given]) -> Iterator[_Result]:
+    """As `pool.map`, which would take 2 KiB for each that is given, be it millions, before it begins."""
+    for at in range(0, len(given), MAPPED_AT_ONCE):
+        yield from pool.map(function, given[at : at + MAPPED_AT_ONCE])
 
 
 def file_state(path: Path) -> bytes:
@@ -45,12 +56,12 @@ class Contents:
         """The SHA-256 of each file, and why others cannot be read. Only files that are not known are read."""
         with ThreadPoolExecutor(READERS) as pool:
             listed = list(paths)
-            states = dict(zip(listed, pool.map(_state_or_problem, listed), strict=True))
+            states = dict(zip(listed, map_in_parts(pool, _state_or_problem, listed), strict=True))
             problems = {path: state for path, state in states.items() if isinstance(state, str)}
             found = self._known({state: path for path, state in states.items() if isinstance(state, bytes)})
             unknown = [path for path in listed if path not in found and path not in problems]
             noted: list[bytes] = []
-            for path, content in zip(unknown, pool.map(_content_or_problem, unknown), strict=True):
+            for path, content in zip(unknown, map_in_parts(pool, _content_or_problem, unknown), strict=True):
                 on_file()
                 if isinstance(content, str):
                     problems[path] = content

@@ -15,6 +15,7 @@ from silo.feature_store.room import alone, make_room, segment_bytes
 from silo.feature_store.segments import Segment, SegmentWriter, continue_segment, create_segment, header_of
 
 CHECKERS = 8  # threads that compute checksums
+WRITTEN_AT_ONCE = 64 << 20  # bytes: copied side by side first, and all of them refused if the disk has not room for all
 
 
 class Shelf:
@@ -59,7 +60,8 @@ class Shelf:
             while rows:
                 shape = next(iter(rows.values())).shape
                 writer = self._writer_with_room((shape[0], shape[1]))
-                keys = list(islice(rows, writer.room))
+                part = max(1, WRITTEN_AT_ONCE // writer.header.row_bytes)
+                keys = list(islice(rows, min(part, writer.room)))
                 writer.write(keys, [rows[key] for key in keys])
                 for key in keys:
                     del rows[key]

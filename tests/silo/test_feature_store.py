@@ -10,6 +10,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,14 @@ from silo.feature_store import (
     RowKey,
     Shelf,
     clear,
+    map_in_parts,
     row_key,
     summarize,
 )
+from silo.feature_store import contents as contents_module
 from silo.feature_store import records as records_module
+from silo.feature_store import segments as segments_module
+from silo.feature_store import shelf as shelf_module
 from silo.feature_store.records import RecordWriter, lock_file, read_records, sealed, valid
 from silo.feature_store.room import NoRoom, segment_bytes
 
@@ -180,6 +185,43 @@ def test_rows_with_a_record_stay_when_the_disk_refuses_the_rest(
         assert agree(before, rows(*range(1, 2 + written // 48)))
         assert agree(reader.find([key(n) for n in range(5, 9)]), rows(5, 6, 7))
         assert valid(read_records(keys_path, 12)).all()
+
+
+def test_a_long_part_is_written_in_pieces_of_which_those_that_fit_are_kept(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelf_module, "WRITTEN_AT_ONCE", 2 * 16)
+    waiting = rows(*range(7))
+    writes: list[int] = []
+
+    def write_some(descriptor: int, content: memoryview, at: int) -> None:
+        writes.append(len(content))
+        if at >= 4 * 16:
+            raise OSError(errno.ENOSPC, "full")
+        os.pwrite(descriptor, content, at)
+
+    with opened(place) as shelf:
+        monkeypatch.setattr(segments_module, "write_all", write_some)
+        with pytest.raises(StorageError, match="the disk is full"):
+            shelf.save(waiting)
+        assert waiting.keys() == rows(4, 5, 6).keys()
+        assert writes == [32, 32, 32]
+        monkeypatch.undo()
+        shelf.save(waiting)
+        assert agree(shelf.find(rows(*range(7))), rows(*range(7)))
+
+
+def test_threads_are_given_some_of_many_files_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents_module, "MAPPED_AT_ONCE", 3)
+    with ThreadPoolExecutor(1) as pool:
+        assert list(map_in_parts(pool, str, [])) == []
+        given: list[int] = []
+        results = map_in_parts(pool, given.append, range(8))
+        next(results)
+        pool.submit(int).result()  # the one thread is through with all that it was given
+        assert given == [0, 1, 2]
+        assert len(list(results)) == 7
+    assert given == list(range(8))
 
 
 def damaged_copy(place: Path, suffix: str, content: bytes) -> Path:

@@ -132,6 +132,7 @@ class Extraction:
                 for view, pixels in zip(one.wanted.views, one.pixels, strict=False):  # no pixels if unreadable
                     keep(encoder.add(row_key(one.content, view), pixels))
                 done += one.wanted.is_last
+                result.encoded_count += one.wanted.is_last and one.problem is None
                 if done % BATCH == 0 or done == total:
                     on_images(done, total)
             keep(encoder.rest())
@@ -140,7 +141,6 @@ class Extraction:
             raise
         finally:
             self._kept.settle()
-        result.encoded_count += total
         self._report_rounding(encoder.rounding)
 
     def _report_rounding(self, rounding: float) -> None:
@@ -172,5 +172,5 @@ def _missing(
 def _set_aside(one: Decoded, problem: str, contents: dict[Path, bytes], result: Extracted) -> None:
     """A file that cannot be read, and all others of its content if that is why."""
     for path in [path for path, content in contents.items() if content == one.content] or [one.wanted.record.path]:
-        del contents[path]
+        contents.pop(path, None)  # another part of its views may have told already
         result.problems[path] = problem

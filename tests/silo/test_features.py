@@ -14,7 +14,7 @@ from fedrt.errors import ConfigurationError, FailureReason, WorkError
 from silo.clip.model import FrozenClip, load_clip
 from silo.data import Split, index
 from silo.embedded import embedded_paths
-from silo.encoding import BATCH, Wanted, decode_all
+from silo.encoding import BATCH, VIEWS_AT_ONCE, Wanted, decode_all
 from silo.extraction import Extraction
 from silo.feature_store import FeatureStore, Row
 from silo.feature_tables import HostTable, ResidentTable, _resident, rows_device, table_of
@@ -281,6 +281,16 @@ def test_what_cannot_be_read_is_told_once_and_counted(
     assert len(lenient.examples(OWN, Split.TRAIN, False, CLASSES, quiet)) == 38
     assert lenient.unreadable_count == 2
     assert "unreadable image 'train/blue/00.png'" in caplog.text
+
+
+def test_an_unreadable_image_is_none_in_any_part_of_its_views(clip: FrozenClip, root: Path) -> None:
+    """And it does not count as encoded."""
+    (root / "train/blue/00.png").write_bytes((root / "train/blue/02.png").read_bytes()[:200])
+    found = index(DataSource("image_folder", root)).of_split(Split.TRAIN)
+    extracted = Extraction(clip, False, None, "float32").rows(found[:2], 2 * VIEWS_AT_ONCE + 1, quiet)
+    assert list(extracted.rows) == [found[1].path]
+    assert list(extracted.problems) == [found[0].path]
+    assert extracted.encoded_count == 1
 
 
 def test_a_file_that_vanishes_leaves_its_copies_readable(clip: FrozenClip, root: Path) -> None:

@@ -96,7 +96,7 @@ class Contents:
     def _keep(self, noted: list[bytes]) -> list[bytes]:
         """Write what was noted; a disk that refuses only costs reading files again. Returns what is left: nothing."""
         with contextlib.suppress(OSError):
-            if noted and self._directory is not None and self._directory.is_dir():
+            if noted and self._directory is not None and self._directory.stat().st_uid == os.geteuid():
                 self._writer = self._writer or self._open(self._directory)
                 self._writer.append(np.frombuffer(b"".join(noted), np.uint32).reshape(len(noted), WORDS - 1))
         return []

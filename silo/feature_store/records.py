@@ -19,13 +19,17 @@ _STEP = 0x9E3779B1
 
 
 def lock_file(path: Path, flags: int, lock: Literal["shared", "exclusive"]) -> int | None:
-    """A descriptor of the file that holds its lock, or None if another process holds it, or the file is gone.
+    """A descriptor of the file that holds its lock, or None if another process holds it, or it is gone or not for us.
 
     Closing the descriptor, and every copy of it, releases the lock. Raises `OSError`.
     """
     try:
         descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
+        return None
+    except PermissionError:
+        if flags & os.O_CREAT:
+            raise
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_NB | (fcntl.LOCK_SH if lock == "shared" else fcntl.LOCK_EX))

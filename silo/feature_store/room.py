@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedrt.errors import StorageError
 from fedrt.notation import format_size
+from fedrt.statefile import storage_error
 from silo.feature_store.records import is_locked, lock_file
 from silo.feature_store.segments import WORDS, read_header, remove_segment
 
@@ -58,13 +59,27 @@ def segment_bytes(max_bytes: int) -> int:
 
 @contextlib.contextmanager
 def alone(directory: Path) -> Iterator[None]:
-    """While this lasts, no other process makes or removes segments. Raises `OSError`."""
+    """While this lasts, no other process makes or removes segments. Raises `OSError`, and as `check_owner` does."""
+    check_owner(directory)
     descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
+
+
+def check_owner(directory: Path) -> None:
+    """Raise `StorageError` if the store is another user's, who could not read what we, being root, would write."""
+    try:
+        owner, user = directory.stat().st_uid, os.geteuid()
+    except OSError as error:
+        raise storage_error("open", directory, error) from error
+    if owner != user:
+        raise StorageError(
+            f"the store of features '{directory}' belongs to user {owner}, not to us ({user}); run this as that user, "
+            "or set another features.directory"
+        )
 
 
 def make_room(directory: Path, max_bytes: int) -> None:

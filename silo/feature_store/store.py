@@ -18,9 +18,9 @@ from fedrt.statefile import ensure_private_directory, storage_error, write_atomi
 from silo.feature_store.contents import Contents
 from silo.feature_store.kinds import FORMAT, FeatureKind
 from silo.feature_store.room import (
-    NoRoom,
     SegmentFiles,
     alone,
+    check_owner,
     clear_leftovers,
     make_room,
     remove_unused,
@@ -57,7 +57,7 @@ class FeatureStore:
                 clear_leftovers(self.directory)
                 self.contents.clear_excess()
                 make_room(self.directory, self.max_bytes)
-        except (OSError, NoRoom):
+        except (OSError, StorageError):
             return  # all the same it can be read; whoever wants to write is told
 
     def shelf(self, kind: FeatureKind) -> Shelf:
@@ -178,6 +178,7 @@ def read_kind(path: Path) -> FeatureKind | None:
 def _write_kind(path: Path, kind: FeatureKind) -> None:
     """Describe the directory for people. A store that we may only read is read without."""
     try:
+        check_owner(path.parent)
         ensure_private_directory(path)
         write_atomic(path / "kind.json", (json.dumps(asdict(kind), indent=1) + "\n").encode())
     except StorageError:
@@ -186,5 +187,7 @@ def _write_kind(path: Path, kind: FeatureKind) -> None:
 
 
 def _ours(path: Path) -> bool:
-    """Whether a store without `version`, made half or damaged, may hold such a thing."""
-    return path.name in ("contents", "lock") or path.name.endswith(".new") or (path / "kind.json").is_file()
+    """Whether a store without `version`, made half or damaged, or a fresh file system may hold such a thing."""
+    return (
+        path.name in ("contents", "lock", "lost+found") or path.name.endswith(".new") or (path / "kind.json").is_file()
+    )

@@ -422,10 +422,65 @@ def test_a_store_that_may_only_be_read_is_read(as_nobody: Path) -> None:
     os.seteuid(65534)
     with opened(place) as shelf:
         assert agree(shelf.find([key(1)]), rows(1))
-        with pytest.raises(StorageError, match="permission denied"):
+        with pytest.raises(StorageError, match="belongs to user 0, not to us"):
             shelf.save(rows(2))
     with pytest.raises(StorageError, match="permission denied"):
         FeatureStore(as_nobody / "new", MIB).open()
+
+
+@pytest.fixture
+def of_nobody(as_nobody: Path) -> Path:
+    """A store with one row that belongs to another user, while we are root."""
+    as_nobody.chmod(0o777)
+    os.seteuid(65534)
+    with opened(as_nobody / "features") as shelf:
+        shelf.save(rows(1))
+    os.seteuid(0)
+    return as_nobody / "features"
+
+
+def test_root_leaves_nothing_in_another_users_store(of_nobody: Path, tmp_path: Path) -> None:
+    """The daemon that the store belongs to could not read it."""
+    before = sorted(of_nobody.rglob("*"))
+    (tmp_path / "image").touch()
+    os.utime(tmp_path / "image", (1000, 1000))
+    with opened(of_nobody) as shelf:
+        assert agree(shelf.find([key(1)]), rows(1))
+        with pytest.raises(StorageError, match=r"belongs to user 65534, not to us \(0\); run this as that user"):
+            shelf.save(rows(2))
+    with pytest.raises(StorageError, match="belongs to user 65534"):
+        FeatureStore(of_nobody, MIB).shelf(dataclasses.replace(KIND, patches=True))
+    with pytest.raises(StorageError, match="belongs to user 65534"):
+        clear(of_nobody)
+    contents = Contents(of_nobody / "contents", now=lambda: 2**62)
+    contents.digests([tmp_path / "image"], lambda: None)
+    assert sorted(of_nobody.rglob("*")) == before
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_a_segment_that_another_user_has_left_is_passed_over(of_nobody: Path, mode: int) -> None:
+    os.seteuid(65534)
+    with opened(of_nobody) as one, opened(of_nobody) as other:
+        one.save(rows(2))
+        other.save(rows(3))
+    os.seteuid(0)
+    for path in of_nobody.glob("*/*.*s"):
+        if path.stem == files(of_nobody, "keys")[0].stem:
+            os.chown(path, 0, 0)
+            path.chmod(mode)
+    os.seteuid(65534)
+    with opened(of_nobody) as shelf:
+        assert len(shelf.find(rows(1, 2, 3))) in (1, 2, 3)
+        waiting = rows(*range(9))
+        shelf.save(waiting)
+        assert agree(shelf.find(rows(*range(9))), rows(*range(9)))
+
+
+def test_a_file_system_of_its_own_holds_a_store(place: Path) -> None:
+    (place / "lost+found").mkdir(parents=True)
+    with opened(place) as shelf:
+        shelf.save(rows(1))
+        assert agree(shelf.find([key(1)]), rows(1))
 
 
 def test_what_a_store_holds_can_be_told_and_cleared(place: Path) -> None:

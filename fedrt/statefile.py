@@ -22,6 +22,7 @@ _ADVICE = {
     errno.EROFS: "the file system is read-only; remount it or choose another directory",
     errno.ENOENT: "no such file or directory; check the configured path",
     errno.ENOTDIR: "a part of the path is not a directory; check the configured path",
+    errno.EEXIST: "something else of that name is there; check the configured path",
     errno.EISDIR: "it is a directory; check the configured path",
 }
 

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedrt.errors import FedrtError, StorageError, WorkError
+from fedrt.log import configure_logging
 from silo.data import Split
 from silo.features import Built, FeatureCache, Features
 from silo.loading import load_features
@@ -25,16 +26,16 @@ class Line:
 
     def __str__(self) -> str:
         views = f" in {self.wanted.views} augmented views" if self.wanted.views else ""
-        return (
-            f"{self.wanted.split.value}{views}: {self.built.image_count} images, {self.built.encoded_count} of them "
-            "encoded now"
-        )
+        patches = " with patches" if self.wanted.patches else ""
+        counts = f"{self.built.image_count} images, {self.built.encoded_count} of them encoded now"
+        return f"{self.wanted.split.value}{views}{patches}: {counts}"
 
 
 def build_features(load: Load, patches: bool, views: int) -> list[Line]:
     """See that the store has the features of all splits, and `views` augmented views of the training images.
 
-    Raises `FedrtError`; `StorageError` if features could not be kept. Ctrl-C keeps what was encoded.
+    Raises `FedrtError`; `StorageError` as soon as the store refuses features, for in memory they would be lost at the
+    end. Ctrl-C keeps what was encoded.
     """
     _, cache = load_features(load)
     everything = [Features(split, patches) for split in Split]
@@ -47,9 +48,10 @@ def build_features(load: Load, patches: bool, views: int) -> list[Line]:
         TimeRemainingColumn(),  # of the images that have to be encoded, from the pace of the last half minute
         console=Console(stderr=True),
     ) as progress:
+        configure_logging("info", "console")  # again, to the bar's stand-in for stderr: else lines end up in the bar
         lines = [_build(cache, wanted, progress) for wanted in everything if cache.is_held(wanted.split)]
     if any(line.built.in_memory_count for line in lines):
-        raise StorageError("not all features could be kept in the store; the log says why")
+        raise StorageError(cache.storage_problem or "images changed while they were read; run the same command again")
     return lines
 
 
@@ -58,6 +60,8 @@ def _build(cache: FeatureCache, wanted: Features, progress: Progress) -> Line:
     task = progress.add_task(f"{name}: looking", total=None)
 
     def on_images(done: int, total: int) -> None:
+        if cache.storage_problem is not None:
+            raise StorageError(cache.storage_problem)
         if done:
             progress.update(task, description=f"{name}: encoding", completed=done, total=total)
 

@@ -53,6 +53,11 @@ class Extraction:
         """Rows that will be lost with the process."""
         return self._kept.in_memory_count
 
+    @property
+    def storage_problem(self) -> str | None:
+        """Why the disk refused rows when it was tried last, if it did."""
+        return self._kept.problem
+
     def rows(self, records: Sequence[Record], views: int, on_images: OnImages) -> Extracted:
         """The features of the plain view, or of that many augmented views, numbered from 1.
 

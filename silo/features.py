@@ -143,6 +143,12 @@ class FeatureCache:
             self._chosen[key] = self._choose(silo, wanted, indices)
         return self._chosen[key]
 
+    @property
+    def storage_problem(self) -> str | None:
+        """Why features were not kept on disk when that was tried last, if they were not."""
+        problems = (one.storage_problem for one in self._extractions.values())
+        return next((problem for problem in problems if problem is not None), None)
+
     def build(self, wanted: Features, on_images: OnImages) -> Built:
         """See that all features of a split exist, on disk if there is a store. Raises `WorkError`."""
         extracted = self._extract(wanted, on_images)

@@ -52,7 +52,7 @@ def test_build_show_and_clear(config: Path, tmp_path: Path) -> None:
         "test: 4 images, 4 of them encoded now",
         "train in 2 augmented views: 8 images, 8 of them encoded now",
     ]
-    assert "8 images, 0 of them encoded now" in features("build", "-c", config).stdout
+    assert "train: 8 images, 0 of them encoded now" in features("build", "-c", config).stdout
     shown = json.loads(features("show", "-c", config, "--json").stdout)
     (kind,) = shown["kinds"]
     assert (kind["architecture"], kind["rows"], kind["patches"]) == ("fedrt-tiny", 12 + 16, False)
@@ -75,6 +75,22 @@ def test_what_stops_a_build_is_one_message(config: Path, tmp_path: Path) -> None
     assert done.returncode == 1
     assert "error: 1 of 8 train images are unreadable" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@with_clip
+def test_a_store_that_refuses_ends_a_build_at_once(config: Path, tmp_path: Path) -> None:
+    """Not after hours of encoding what is then lost."""
+    (tmp_path / "file").touch()
+    config.write_text(config.read_text() + f"\nfeatures: {{directory: {tmp_path / 'file' / 'features'}}}\n")
+    for label in ("cat", "dog"):
+        for number in range(40):
+            content = (tmp_path / "data/train" / label / "0.png").read_bytes() + bytes([number])
+            (tmp_path / "data/train" / label / f"more{number}.png").write_bytes(content)
+    done = features("build", "-c", config)
+    assert done.returncode == 75
+    assert "something else of that name is there; check the configured path" in done.stderr.splitlines()[-1]
+    assert "88/88" not in done.stderr
+    assert done.stdout == ""
 
 
 def test_a_store_of_a_newer_version_is_refused(config: Path, tmp_path: Path) -> None:

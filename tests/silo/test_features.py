@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fedrt.errors import ConfigurationError, FailureReason, WorkError
+from silo.building import Line
 from silo.clip.model import FrozenClip, load_clip
 from silo.data import Split, index
 from silo.embedded import embedded_paths
@@ -342,6 +343,9 @@ def test_a_build_says_what_it_did_and_goes_on_after_an_interruption(clip: Frozen
         Features(Split.TRAIN, False), lambda done, total: seen.append((done, total))
     )
     assert (built.image_count, built.encoded_count, built.in_memory_count) == (40, 40 - BATCH, 0)
+    assert str(Line(Features(Split.TRAIN, True, 3), built)) == (
+        "train in 3 augmented views with patches: 40 images, 8 of them encoded now"
+    )
     again = cache_of(tower, root, place).build(Features(Split.TRAIN, False), quiet)
     assert (again.image_count, again.encoded_count) == (40, 0)
 

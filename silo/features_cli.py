@@ -26,12 +26,17 @@ Config = Annotated[Path, typer.Option("--config", "-c", help="The silo's YAML fi
 @app.command("build")
 def build_command(
     config: Config,
-    patches: Annotated[bool, typer.Option(help="Of patches, too, for methods that need them.")] = False,
+    patches: Annotated[
+        bool, typer.Option(help="With patches, for methods that need them; others need a build without.")
+    ] = False,
     views: Annotated[
         int, typer.Option(min=0, help="Augmented views of each training image, beside the plain one.")
     ] = 0,
 ) -> None:
-    """Encode what the store lacks. Ctrl-C or worse loses seconds of work: the same command goes on."""
+    """Encode what the store lacks. Ctrl-C or worse loses seconds of work: the same command goes on.
+
+    Images of a host.yaml are encoded by the host itself, at the first task that needs them.
+    """
     try:
         loaded = load_silo_config(config)
         configure_logging("info", "console")

@@ -18,10 +18,10 @@ COPIED_AT_ONCE = 256  # rows on their way to a GPU
 def table_of(rows: Sequence[Row], device: torch.device) -> FeatureTable:
     """A table of at least one row.
 
-    Pooled features are read into the memory of the device. Patches stay where they are, mapped from disk as a rule,
-    unless the device is a GPU with room for them.
+    A GPU with room for them gets them all. Otherwise patches stay where they are, mapped from disk as a rule, and so do
+    pooled features for which a GPU has no room (many views of many images); a CPU reads pooled features into memory.
     """
-    if rows[0].shape[0] == 1 or _fits(rows, device):
+    if _fits(rows, device):
         return _resident(rows, device)
     return HostTable(rows, device)
 
@@ -66,7 +66,7 @@ class ResidentTable:
 
 def _fits(rows: Sequence[Row], device: torch.device) -> bool:
     if device.type != "cuda":
-        return False
+        return bool(rows[0].shape[0] == 1)
     free, _ = torch.cuda.mem_get_info(device)
     return bool(len(rows) * rows[0].nbytes <= DEVICE_SHARE * free)
 

@@ -18,7 +18,7 @@ from silo.embedded import embedded_paths
 from silo.encoding import BATCH, VIEWS_AT_ONCE, Wanted, decode_all
 from silo.extraction import Extraction
 from silo.feature_store import FeatureStore, Row
-from silo.feature_tables import HostTable, ResidentTable, _resident, rows_device, table_of
+from silo.feature_tables import HostTable, ResidentTable, _fits, _resident, rows_device, table_of
 from silo.features import FeatureCache, Features
 from silo.loading import load_features
 from silo.method import ImageFeatures
@@ -395,6 +395,15 @@ def test_patches_stay_on_disk_and_pooled_features_are_read() -> None:
     host = table_of(stored(3, 5, "float32"), cpu)
     assert rows_device(host, torch.device("cuda")) == cpu
     assert rows_device(table_of(stored(3, 1, "float32"), cpu), torch.device("cuda")) == torch.device("cuda")
+
+
+def test_pooled_features_without_room_on_a_gpu_stay_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many views of many images, say: the task would end for want of memory."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3000, 1 << 30))
+    rows = [np.zeros((1, 25), np.float32) for _ in range(11)]
+    assert not _fits(rows, torch.device("cuda"))
+    assert _fits(rows[:10], torch.device("cuda"))
+    assert isinstance(table_of(rows, torch.device("cuda")), HostTable)
 
 
 def test_an_empty_choice_of_rows_is_an_empty_batch() -> None:

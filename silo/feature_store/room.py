@@ -17,7 +17,7 @@ from fedrt.statefile import storage_error
 from silo.feature_store.records import is_locked, lock_file
 from silo.feature_store.segments import WORDS, read_header, remove_segment
 
-LEAST_SEGMENT, LARGEST_SEGMENT = 1 << 20, 4 << 30  # bytes
+LEAST_SEGMENT = 1 << 20  # bytes
 SEGMENTS = 128  # of a full store, about: few enough to have all of them open
 
 
@@ -54,7 +54,7 @@ def segment_files(directory: Path) -> list[SegmentFiles]:
 
 def segment_bytes(max_bytes: int) -> int:
     """The size of a full segment in a store with this bound."""
-    return min(max(max_bytes // SEGMENTS, LEAST_SEGMENT), LARGEST_SEGMENT)
+    return max(max_bytes // SEGMENTS, LEAST_SEGMENT)
 
 
 @contextlib.contextmanager

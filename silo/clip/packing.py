@@ -16,6 +16,7 @@ _CANDIDATES = range(24, WIDEST + 1, 8)
 
 # What stands in a place: a row of the vocabulary, or ~l for row l of the context
 Token = int
+_Path = tuple[Token, ...]  # of one class
 Integers = npt.NDArray[np.int64]
 
 
@@ -45,31 +46,31 @@ def pack(paths: Sequence[Sequence[Token]], first_place: int) -> Packing:
 
     The cost of a slot grows with the number of tokens it is compared with, seen or not.
     """
-    order = sorted(range(len(paths)), key=lambda number: tuple(paths[number]))
-    longest = max(map(len, paths))
+    prompts = [tuple(path) for path in paths]
+    distinct = sorted(set(prompts))  # classes of one prompt are one: else one chunk could have more ends than slots
+    longest = max(map(len, distinct))
     widths = sorted({max(longest, width) for width in _CANDIDATES})
-    cuts = [_cut([paths[number] for number in order], width) for width in widths]
-    best = min(cuts, key=_cost)
-    return _lay_out(paths, order, best, first_place)
+    best = min((_cut(distinct, width) for width in widths), key=_cost)
+    return _lay_out(prompts, distinct, best, first_place)
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """Sizes of chunks: how many classes each takes, and how many slots the largest needs."""
+    """Sizes of chunks: how many paths each takes, and how many slots the largest needs."""
 
-    class_counts: tuple[int, ...]
+    path_counts: tuple[int, ...]
     width: int
 
 
 def _cost(cut: _Cut) -> float:
     """In slots: comparing a slot with as many others as a chunk has costs little, but more than arithmetic says."""
-    return len(cut.class_counts) * cut.width * (1 + cut.width / 1000)
+    return len(cut.path_counts) * cut.width * (1 + cut.width / 1000)
 
 
-def _cut(paths: Sequence[Sequence[Token]], limit: int) -> _Cut:
-    """Fill chunks of at most `limit` slots with sorted classes, one after the other."""
+def _cut(paths: Sequence[_Path], limit: int) -> _Cut:
+    """Fill chunks of at most `limit` slots with sorted paths, one after the other."""
     counts, used, widest = [0], 0, 0
-    previous: Sequence[Token] = ()
+    previous: _Path = ()
     for path in paths:
         new = len(path) - _common(previous, path)
         if used + new > limit and counts[-1]:
@@ -82,21 +83,20 @@ def _cut(paths: Sequence[Sequence[Token]], limit: int) -> _Cut:
     return _Cut(tuple(counts), widest)
 
 
-def _lay_out(paths: Sequence[Sequence[Token]], order: Sequence[int], cut: _Cut, first_place: int) -> Packing:
-    chunk_count, width = len(cut.class_counts), cut.width
+def _lay_out(prompts: Sequence[_Path], distinct: Sequence[_Path], cut: _Cut, first_place: int) -> Packing:
+    chunk_count, width = len(cut.path_counts), cut.width
     tokens = np.zeros((chunk_count, width), np.int64)
     places = np.full((chunk_count, width), first_place, np.int64)
     visible = np.zeros((chunk_count, width, width), np.bool_)
     visible[:, range(width), range(width)] = True
-    ends = np.zeros((chunk_count, max(cut.class_counts)), np.int64)
-    where = np.zeros(len(paths), np.int64)
-    classes = iter(order)
-    for chunk, count in enumerate(cut.class_counts):
+    ends = np.zeros((chunk_count, max(cut.path_counts)), np.int64)
+    where: dict[_Path, int] = {}
+    rest = iter(distinct)
+    for chunk, count in enumerate(cut.path_counts):
         used = 0
-        previous: Sequence[Token] = ()
+        previous: _Path = ()
         slots: list[int] = []  # of the previous path
-        for number, class_number in zip(range(count), classes, strict=False):
-            path = paths[class_number]
+        for number, path in zip(range(count), rest, strict=False):
             slots = slots[: _common(previous, path)]
             for depth in range(len(slots), len(path)):
                 tokens[chunk, used], places[chunk, used] = path[depth], first_place + depth
@@ -104,13 +104,14 @@ def _lay_out(paths: Sequence[Sequence[Token]], order: Sequence[int], cut: _Cut, 
                 slots.append(used)
                 used += 1
             ends[chunk, number] = slots[-1]
-            where[class_number] = chunk * ends.shape[1] + number
+            where[path] = chunk * ends.shape[1] + number
             previous = path
         tokens[chunk, used:] = tokens[chunk, 0]
-    return Packing(tokens, places, visible, ends, where)
+    order = np.array([where[path] for path in prompts], np.int64)
+    return Packing(tokens, places, visible, ends, order)
 
 
-def _common(left: Sequence[Token], right: Sequence[Token]) -> int:
+def _common(left: _Path, right: _Path) -> int:
     """How many tokens both begin with."""
     count = 0
     for one, other in zip(left, right, strict=False):

@@ -66,8 +66,16 @@ def test_three_classes_by_hand() -> None:
 def test_classes_of_one_prompt_share_all_of_it() -> None:
     packing = pack([[1, END], [1, END]], 1)
     assert packing.slot_count == 2
-    assert packing.ends.tolist() == [[1, 1]]
-    assert packing.order.tolist() == [0, 1]
+    assert packing.ends.tolist() == [[1]]
+    assert packing.order.tolist() == [0, 0]
+
+
+def test_a_chunk_has_no_more_ends_than_slots_however_many_classes_are_called_alike() -> None:
+    """The last layer takes as many end tokens of every chunk as the fullest has."""
+    paths = [[1, END]] * 500 + [[2, number, END] for number in range(500)]
+    packing = pack(paths, 1)
+    assert packing.ends.size <= packing.slot_count
+    assert [read(packing, number)[0] for number in range(len(paths))] == paths
 
 
 @pytest.mark.parametrize("count", [10, 100, 1000])

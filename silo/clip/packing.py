@@ -25,8 +25,8 @@ class Packing:
     """Where the tokens of one context's prompts stand: J chunks of Q slots each; the shared ones are not among them.
 
     `tokens` and `places` [J, Q] say what stands in a slot and which position of the prompt it has; unused slots hold
-    some token. `visible` [J, Q, Q]: whether the first slot sees the second. `ends` [J, n]: the slots of the end tokens
-    of a chunk's classes, filled up by repetition. `order` [C]: where among all J · n each class is.
+    token 0. `visible` [J, Q, Q]: whether the first slot sees the second. `ends` [J, n]: the slots of the end tokens
+    of a chunk's classes, filled up with slot 0. `order` [C]: where among all J · n each class is.
     """
 
     tokens: Integers
@@ -68,12 +68,12 @@ def _cost(cut: _Cut) -> float:
 
 
 def _cut(paths: Sequence[_Path], limit: int) -> _Cut:
-    """Fill chunks of at most `limit` slots with sorted paths, one after the other."""
+    """Fill chunks of at most `limit` slots with sorted paths, one after the other. None may be longer."""
     counts, used, widest = [0], 0, 0
     previous: _Path = ()
     for path in paths:
         new = len(path) - _common(previous, path)
-        if used + new > limit and counts[-1]:
+        if used + new > limit:
             counts.append(0)
             used, new = 0, len(path)
         counts[-1] += 1
@@ -106,7 +106,6 @@ def _lay_out(prompts: Sequence[_Path], distinct: Sequence[_Path], cut: _Cut, fir
             ends[chunk, number] = slots[-1]
             where[path] = chunk * ends.shape[1] + number
             previous = path
-        tokens[chunk, used:] = tokens[chunk, 0]
     order = np.array([where[path] for path in prompts], np.int64)
     return Packing(tokens, places, visible, ends, order)
 

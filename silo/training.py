@@ -99,7 +99,7 @@ def train(
     shuffle = torch.Generator().manual_seed(plan.seed)
     batches = -(-len(examples) // plan.training.batch_size)
     mean_loss, steps = 0.0, 0
-    with _deterministic(device):
+    with deterministic(device):
         for epoch in range(plan.training.local_epochs):
             optimizer.param_groups[0]["lr"] = learning_rate(plan.training, plan.position, epoch)
             total = torch.zeros((), device=device)
@@ -159,6 +159,24 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
                     "training.precision is fp16, which needs CUDA, but this silo computes on its CPU; use fp32 or bf16",
                 )
             return torch.autocast(device.type, torch.float16)
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """On CUDA, ask for kernels that add in a fixed order; on a CPU they do so anyway and the switch would cost time."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic  # a module whose attribute mypy cannot see
+    fills = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False  # else every tensor is written once in vain
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = fills
 
 
 def descend(
@@ -228,21 +246,3 @@ def _check_finite(mean_loss: float, epoch: int) -> None:
             FailureReason.NOT_FINITE,
             f"the loss is not finite in local epoch {epoch + 1}; lower training.optimizer.learning_rate or use fp32",
         )
-
-
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """On CUDA, ask for kernels that add in a fixed order; on a CPU they do so anyway and the switch would cost time."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic  # a module whose attribute mypy cannot see
-    fills = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False  # else every tensor is written once in vain
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        memory.fill_uninitialized_memory = fills

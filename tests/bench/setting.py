@@ -2,14 +2,13 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from fedrt.method import Method, ModelDims
@@ -18,12 +17,13 @@ from fedrt.spec import OptimizerSpec, Precision
 from fedrt.tensors import initial_tensors
 from silo.clip import FrozenClip, load_clip
 from silo.clip.architecture import TINY, find_architecture
+from silo.clip.views import Preprocessing
 from silo.embedded.datasets import world_class_names
 from silo.examples import Examples
 from silo.method import Batch, LocalMethod
 from silo.methods import find_local_method
 from silo.sources import ModelSource
-from silo.training import autocast, descend, make_optimizer
+from silo.training import autocast, descend, deterministic, make_optimizer
 from tests.bench.arithmetic import Step
 from tests.bench.textbook import Textbook, make_textbook, sgd_step
 
@@ -67,7 +67,7 @@ def random_clip(architecture: str, device: torch.device) -> FrozenClip:
     found = find_architecture(architecture)
     torch.manual_seed(SEED)
     model = found.build(quick_gelu=False).requires_grad_(False).eval().to(device)
-    preprocess = image_transform_v2(PreprocessCfg(size=model.visual.image_size), is_train=False)
+    preprocess = Preprocessing(PreprocessCfg(size=model.visual.image_size))
     return FrozenClip(found.name, "0" * 64, model, found.vocabulary(), preprocess)
 
 
@@ -158,16 +158,6 @@ def engine(case: Case, examples: Examples, precision: Precision = Precision.FP32
             return descend(partial(method.loss, params, received, batch()), arithmetic, optimizer, scaler)
 
     return Side(params, logits, loss, step)
-
-
-@contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """As in training: on CUDA, kernels that add in a fixed order, which the textbook does without."""
-    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def textbook_of(case: Case) -> Textbook:

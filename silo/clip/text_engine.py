@@ -116,7 +116,7 @@ class TextEngine:
             end_mask=mask[chunks, ends][:, None].to(device),
             ends=(shared_count + chunks * width + ends).flatten().to(device),
             order=torch.from_numpy(packing.order).to(device),
-            is_constant=len(frozen) > 0 and min(tokens) >= 0,
+            is_constant=min(tokens) >= 0,
         )
 
     def features(self, contexts: Tensor, arrangement: Arrangement, dtype: torch.dtype) -> Tensor:

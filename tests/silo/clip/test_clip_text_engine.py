@@ -7,7 +7,9 @@ import torch
 from open_clip.transformer import LayerScale
 from plain_text import tower_of
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from fedrt.context import ClassPosition
 from silo.clip import ClipTextTower, FrozenClip
 from silo.clip.text_weights import text_weights
 
@@ -57,6 +59,19 @@ def test_nothing_is_recomputed_without_a_gradient(mini: FrozenClip, monkeypatch:
     tower(mini, 0).encode(contexts(mini).detach())
     with pytest.raises(AssertionError, match="recomputed"):
         tower(mini, 0).encode(contexts(mini))
+
+
+def test_the_first_layer_of_class_names_is_computed_once_unless_context_stands_among_them(mini: FrozenClip) -> None:
+    def flops(position: ClassPosition) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            ours.encode(contexts(mini), position)
+        return counter.get_total_flops()
+
+    ours = tower(mini, 0)
+    flops(ClassPosition.FRONT)  # what depends on the weights alone
+    slot_count = sum(len(mini.vocabulary.encode(f"{name}.")) + 1 for name in NAMES)  # they share no beginning
+    assert flops(ClassPosition.END) - flops(ClassPosition.END) == 6 * slot_count * mini.context_dim**2
+    assert flops(ClassPosition.FRONT) == flops(ClassPosition.FRONT)
 
 
 def test_weights_in_bfloat16_are_those_in_float32_rounded(mini: FrozenClip) -> None:

@@ -1,11 +1,12 @@
 """What only the engine has: recomputation, constants of the first layer, weights in other element types, refusals."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from open_clip.transformer import LayerScale
-from plain_text import tower_of
+from plain_text import text_model, tower_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,6 +48,37 @@ def test_recomputing_layers_changes_no_bit_and_holds_less(mini: FrozenClip) -> N
     assert torch.equal(kept[0], repeated[0])
     assert torch.equal(kept[1], repeated[1])
     assert repeated[2] < 0.75 * kept[2]  # two layers, of which the last is never repeated
+
+
+def test_the_limit_means_about_what_a_step_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = text_model("wide and deep")
+    repeated: list[object] = []
+
+    def note(block: Callable[[Tensor], Tensor], x: Tensor, **_: object) -> Tensor:
+        repeated.append(block)
+        return block(x)
+
+    def held(count: int, limit: int) -> int:
+        storages: dict[int, int] = {}
+
+        def keep(saved: Tensor) -> Tensor:
+            storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+            return saved
+
+        repeated.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            features = tower_of(model, ["dog", "red fox", "t-shirt"], activation_limit=limit).encode(
+                torch.randn(count, 16, 128).requires_grad_()
+            )
+        assert features.requires_grad
+        return sum(storages.values())
+
+    monkeypatch.setattr("silo.clip.text_engine.checkpoint", note)
+    activations = 2 * (held(16, 1 << 40) - held(8, 1 << 40))  # weights, which the graph refers to, cancel out
+    held(16, 2 * activations)
+    assert not repeated
+    held(16, activations // 2)
+    assert len(repeated) == 3  # of four layers; the last is never repeated
 
 
 def test_nothing_is_recomputed_without_a_gradient(mini: FrozenClip, monkeypatch: pytest.MonkeyPatch) -> None:

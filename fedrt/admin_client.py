@@ -239,7 +239,7 @@ def explain_socket(path: Path, error: OSError | None) -> str:
 def _explained(error: grpc.aio.AioRpcError, target: Target) -> FedrtError:
     code, details = error.code(), error.details() or ""
     match code:
-        case grpc.StatusCode.UNAVAILABLE:
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:  # the latter of a coordinator that just stops
             return _unreachable(details, target)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return _silent(target)

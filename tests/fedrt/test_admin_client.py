@@ -298,7 +298,7 @@ async def test_nothing_listens_at_the_address(tmp_path: Path) -> None:
 
 
 class FalseCoordinator(admin_service_pb2_grpc.AdminServiceServicer):
-    """Sends these parts as an export, and never answers `ListSilos`."""
+    """Sends these parts as an export, never answers `ListSilos`, and stops while it cancels an experiment."""
 
     def __init__(self, parts: list[pb.ExportExperimentResponse]) -> None:
         self.parts = parts
@@ -313,6 +313,9 @@ class FalseCoordinator(admin_service_pb2_grpc.AdminServiceServicer):
 
     async def GetExperiment(self, request: Any, context: Any) -> pb.GetExperimentResponse:
         raise ValueError("a bug")
+
+    async def CancelExperiment(self, request: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode.CANCELLED)  # as a server does with what it is at when it stops
 
 
 def false_coordinator(
@@ -375,3 +378,9 @@ async def test_a_coordinator_that_does_not_answer(tmp_path: Path, monkeypatch: p
     async with false_coordinator(tmp_path / "s", []) as client:
         with pytest.raises(UnreachableError, match="has not answered"):
             await client.silos()
+
+
+async def test_a_coordinator_that_is_stopping(tmp_path: Path) -> None:
+    async with false_coordinator(tmp_path / "s", []) as client:
+        with pytest.raises(UnreachableError, match="broke off; it may be stopping"):
+            await client.cancel("e1")

@@ -7,7 +7,7 @@
 * In the first layer the queries, keys and values of class tokens are constants if no context stands among them.
 * Weights are frozen: no operation keeps what only their gradients would need.
 
-Products of all tokens of all contexts with the weights take nine tenths of the time. Where a step would hold more than
+Products of all tokens of all contexts with the weights take most of the time. Where a step would hold more than
 `activation_limit` bytes for its backward pass, layers are computed a second time there instead. Residuals, norms and
 the projection are in float32 in every precision.
 """

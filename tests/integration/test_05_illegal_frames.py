@@ -157,9 +157,10 @@ async def test_06_heartbeats_keep_an_idle_session_open(federation: Federation, l
     federation.start_silo("north", FakeWorker())
     watch = Watch(federation)
     await watch.until(connected("north"))
+    before = len(logs)  # a dial before the coordinator listened is logged as a lost session too
     with pytest.raises(TimeoutError):
         await watch.until(gone("north"), limit=3)
-    assert not [entry for entry in logs if entry["event"] == "session lost"]
+    assert not [entry for entry in logs[before:] if entry["event"] == "session lost"]
 
 
 async def test_07_no_more_sessions_than_allowed(federation: Federation) -> None:

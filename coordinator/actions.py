@@ -1,7 +1,6 @@
 """Performs what the machines decided, once it is durable. Every action may be performed again without harm."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -10,11 +9,11 @@ import structlog
 
 from coordinator import experiments, rounds
 from coordinator.active import Active
-from coordinator.combining import Inputs, combine, gather
+from coordinator.combining import combine, gather
 from coordinator.experiments import Experiment
 from coordinator.inbox import AggregationFailed, Message, RoundAggregated
 from coordinator.presence import Presence
-from coordinator.records import Checkpoint, TaskRecord
+from coordinator.records import Checkpoint, TaskRecord, TensorsRef
 from coordinator.store import Store
 from fedrt.errors import DamageError, FedrtError, StorageError
 from fedrt.metrics import CoordinatorMetrics
@@ -36,6 +35,10 @@ class StoreThread:
         """Call a function of the store there."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
+    def call_from_thread(self, function: Callable[..., _T], *arguments: object) -> _T:
+        """The same from any thread but the event loop's, which waits. Raises `RuntimeError` once closed."""
+        return self._executor.submit(function, *arguments).result()
+
     def close(self) -> None:
         """Wait for what runs and end the thread."""
         self._executor.shutdown()
@@ -50,7 +53,7 @@ class Actions:
         thread: StoreThread,
         metrics: CoordinatorMetrics,
         submit: Callable[[Message], None],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float],
     ) -> None:
         self._store = store
         self._thread = thread
@@ -117,21 +120,17 @@ class Actions:
         session.offer(task, manifest, active.tensors if manifest else None)
 
     def _aggregate(self, active: Active, round_: rounds.Round, tasks: list[TaskRecord]) -> None:
-        current = (active.checkpoint, active.tensors)
-        work = self._combine(active.experiment, round_, tasks, current)
+        work = self._combine(active.experiment, round_, tasks, active.checkpoint)
         self._aggregations[active.experiment.experiment_id] = asyncio.create_task(work)
 
     async def _combine(
-        self,
-        experiment: Experiment,
-        round_: rounds.Round,
-        tasks: list[TaskRecord],
-        current: tuple[Checkpoint | None, memoryview | None],
+        self, experiment: Experiment, round_: rounds.Round, tasks: list[TaskRecord], checkpoint: Checkpoint | None
     ) -> None:
         experiment_id = experiment.experiment_id
         try:
-            inputs = await self._gather(tasks, current)
-            shared, memory = await asyncio.to_thread(combine, experiment.spec, round_.kind, inputs)
+            shared, memory = await self._until_read(
+                lambda: combine(experiment.spec, round_.kind, gather(self._read, tasks, checkpoint))
+            )
         except FedrtError as error:
             self._submit(AggregationFailed(experiment_id, str(error)))
             return
@@ -141,11 +140,14 @@ class Actions:
             return
         self._submit(RoundAggregated(experiment_id, round_.number, round_.kind, round_.attempt, shared, memory))
 
-    async def _gather(self, tasks: list[TaskRecord], current: tuple[Checkpoint | None, memoryview | None]) -> Inputs:
-        """The results of a round, as soon as the disk gives them. Raises `DamageError` if it never will."""
+    def _read(self, ref: TensorsRef) -> memoryview:
+        return self._thread.call_from_thread(self._store.blob, ref)
+
+    async def _until_read(self, work: Callable[[], _T]) -> _T:
+        """The outcome of work that reads the store, as soon as the disk allows it. `DamageError` says: never."""
         while True:
             try:
-                return await self._thread.call(gather, self._store, tasks, *current)
+                return await asyncio.to_thread(work)
             except DamageError:
                 raise
             except StorageError as error:

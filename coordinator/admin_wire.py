@@ -1,7 +1,15 @@
 """Experiments, silos and events to and from the messages of the admin service."""
 
 from coordinator.experiments import Experiment
-from coordinator.records import Event, ExperimentChanged, NumberedEvent, RoundClosed, SiloChanged, SiloRecord
+from coordinator.records import (
+    Event,
+    ExperimentChanged,
+    NumberedEvent,
+    RoundClosed,
+    SiloChanged,
+    SiloRecord,
+    SiloSetAside,
+)
 from fedrt.v1 import admin_service_pb2 as admin_pb
 from fedrt.v1 import experiment_pb2 as experiment_pb
 from fedrt.wire_values import KIND, duration_to_pb, experiment_spec_to_pb, time_to_pb
@@ -62,6 +70,10 @@ def _fill(message: admin_pb.Event, event: Event) -> None:
             message.round_closed.CopyFrom(_round_to_pb(event))
         case SiloChanged(silo):
             message.silo_changed.silo.CopyFrom(silo_to_pb(silo, []))
+        case SiloSetAside():
+            aside = message.silo_set_aside
+            aside.experiment_id, aside.silo_id = event.experiment_id, event.silo_id
+            aside.until_round_number, aside.message = event.until_round, event.message
 
 
 def _round_to_pb(event: RoundClosed) -> admin_pb.RoundClosed:

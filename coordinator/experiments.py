@@ -5,6 +5,9 @@ Rules of the file:
 * Stages: INITIALIZE (only if a silo must compute the initial tensors), EVALUATE before the first round, then per round
   TRAIN and, when due, EVALUATE. A stage waits in `round is None` until enough silos are connected; an EVALUATE no
   longer than a round's time limit, if at least one is there.
+* A round with too few results is tried again. The next attempt keeps the results that are here and the tasks that are
+  still open, and asks anew only those who failed: at once, and after further failures with ever longer pauses. An
+  attempt that lacked silos because they were not connected uses up no retry, however long they stay away.
 
     PENDING --first stage begins--> RUNNING --last stage closed--> SUCCEEDED
        |                              |---- a round failed, no retries left --> FAILED
@@ -15,12 +18,15 @@ import enum
 import hashlib
 from dataclasses import dataclass, replace
 
-from coordinator import rounds
-from coordinator.rounds import Ask, AskState, Effects, Offer, Round, RoundEvent, RoundPhase, Withdrawn
-from coordinator.selection import Population, Selection, Waiting, select
+from coordinator import conduct, rounds
+from coordinator.conduct import Conducts, SetAside
+from coordinator.rounds import Ask, AskState, Cancel, Effects, Offer, Round, RoundEvent, RoundPhase, Withdrawn
+from coordinator.selection import Occasion, Population, Selection, Waiting, select
 from fedrt.spec import ExperimentSpec, OnTooFew
 from fedrt.task import TaskKind
 from fedrt.tensors import Scope, needs_clip, of_scope
+
+RETRY_PAUSES = (0.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds before failed silos are asked again; then the last
 
 
 class ExperimentState(enum.Enum):
@@ -40,16 +46,18 @@ class ExperimentState(enum.Enum):
 
 @dataclass(frozen=True)
 class Stage:
-    """What comes next: a round of this kind and number. `attempt` counts from 0.
+    """What comes next: a round of this kind and number. `attempt` counts from 0, `retries` those that were used up.
 
-    `kept` are the results that an earlier attempt got: they count, and their silos are not asked again. So each silo
-    contributes once to a round, and its private tensors advance once.
+    `kept` are the asks of an earlier attempt that returned or are still open: they count, and their silos are not asked
+    again. So each silo contributes once to a round, and its private tensors advance once. `failed` are the others.
     """
 
     kind: TaskKind
     number: int
     attempt: int = 0
     kept: tuple[Ask, ...] = ()
+    retries: int = 0
+    failed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class Experiment:
     message: str = ""
     round: Round | None = None
     end_time: float | None = None
+    conducts: Conducts = ()  # of silos that failed or were missing, by name
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class CloseRound:
     round: Round
 
 
-ExperimentEffects = tuple[rounds.RoundEffect | CloseRound, ...]
+ExperimentEffects = tuple[rounds.RoundEffect | CloseRound | SetAside, ...]
 
 
 def create(experiment_id: str, spec: ExperimentSpec, schema_sha256: str, now: float) -> Experiment:
@@ -131,9 +140,12 @@ def step(
         case _:
             if experiment.round is None:
                 return experiment, ()
-            round_, effects = rounds.step(experiment.round, event, now)
+            stepped, effects = rounds.step(experiment.round, event, now)
+            round_ = rounds.note_away(experiment.round, stepped, population.available)
             moved, more = _after_round(replace(experiment, round=round_), population, now)
-            return moved, (*effects, *more)
+            kept = rounds.open_tasks(moved.round) if moved.round else frozenset()
+            due = (effect for effect in effects if not (isinstance(effect, Cancel) and effect.task_id in kept))
+            return moved, (*due, *more)
 
 
 def next_tick(experiment: Experiment) -> float | None:
@@ -141,6 +153,12 @@ def next_tick(experiment: Experiment) -> float | None:
     if experiment.round is not None:
         return rounds.next_tick(experiment.round)
     return experiment.stage_time + experiment.spec.rounds.time_limit
+
+
+def resume(experiment: Experiment, now: float) -> Experiment:
+    """The experiment as it goes on after a restart: what it waits for, it waits for anew."""
+    round_ = experiment.round and rounds.renew(experiment.round, now, experiment.spec.rounds.time_limit)
+    return replace(experiment, stage_time=now, round=round_)
 
 
 def offers_on_connect(experiment: Experiment, silo_id: str, held: frozenset[str]) -> Effects:
@@ -175,14 +193,16 @@ def _begin_stage(experiment: Experiment, population: Population, now: float) -> 
         return experiment, ()
     spec, stage = experiment.spec, experiment.stage
     kept = frozenset(ask.silo_id for ask in stage.kept)
-    there = Population(population.known, population.available | kept)  # a result that is here needs no connection
-    draw = (spec.seed, stage.number, stage.attempt)
-    match select(spec.rounds, there, stage.kind, draw, now >= experiment.stage_time + spec.rounds.time_limit):
+    again = stage.failed if stage.kind is TaskKind.TRAIN else frozenset()
+    there = Population(population.known, population.available | kept | again)  # a retry waits for nobody to connect
+    overdue = now >= experiment.stage_time + spec.rounds.time_limit
+    aside = {name: why for name, why in conduct.aside(experiment.conducts, stage.number).items() if name not in kept}
+    match select(spec.rounds, there, Occasion(stage.kind, (spec.seed, stage.number, stage.attempt), overdue, aside)):
         case Waiting(message):
             return replace(experiment, message=message), ()
-        case Selection(asked, needed, absent):
+        case Selection(asked, needed, absent, enough):
             new = [name for name in asked if name not in kept][: len(asked) - len(kept)]
-            asks = tuple(Ask(name, task_id_of(experiment.experiment_id, stage, name)) for name in new)
+            asks = tuple(_new_ask(experiment, name, now) for name in new)
             round_ = Round(
                 number=stage.number,
                 kind=stage.kind,
@@ -190,44 +210,68 @@ def _begin_stage(experiment: Experiment, population: Population, now: float) -> 
                 asks=(*stage.kept, *asks),
                 needed=needed,
                 begin_time=now,
-                deadline=now + spec.rounds.time_limit,
+                deadline=max(ask.reoffer_time or now for ask in (*stage.kept, *asks)) + spec.rounds.time_limit,
                 aggregates=stage.kind is not TaskKind.EVALUATE and experiment.shares,
                 absent=absent,
+                enough=enough,
             )
             begun = replace(experiment, state=ExperimentState.RUNNING, message="", round=round_)
-            return begun, tuple(Offer(ask.silo_id, ask.task_id) for ask in asks)
+            return begun, rounds.open_offers(round_)
+
+
+def _new_ask(experiment: Experiment, silo_id: str, now: float) -> Ask:
+    stage = experiment.stage
+    pause = RETRY_PAUSES[min(stage.retries, len(RETRY_PAUSES)) - 1] if silo_id in stage.failed else 0.0
+    reoffer_time = now + pause if pause else None
+    return Ask(silo_id, task_id_of(experiment.experiment_id, stage, silo_id), reoffer_time=reoffer_time)
 
 
 def _after_round(experiment: Experiment, population: Population, now: float) -> tuple[Experiment, ExperimentEffects]:
     round_ = experiment.round
     if round_ is None or round_.phase is not RoundPhase.CLOSED:
         return experiment, ()
-    closed = CloseRound(round_)
-    if not round_.succeeded:
-        stage, message = _stage_after_failure(experiment, round_)
-        if stage is None:
-            failed, effects = _end(replace(experiment, round=None), ExperimentState.FAILED, message, now)
-            return failed, (closed, *effects)
-    else:
+    told: list[SetAside] = []
+    if round_.kind is TaskKind.TRAIN:
+        conducts, told = conduct.judge(experiment.conducts, round_, experiment.spec.rounds)
+        experiment = replace(experiment, conducts=conducts)
+    closed: ExperimentEffects = (CloseRound(round_), *told)
+    experiment = replace(experiment, round=None)
+    if round_.succeeded:
         stage = next_stage(experiment.spec, experiment.stage)
         if stage is None:
-            done, effects = _end(replace(experiment, round=None), ExperimentState.SUCCEEDED, "", now)
-            return done, (closed, *effects)
-    begun, effects = _begin_stage(replace(experiment, round=None, stage=stage, stage_time=now), population, now)
-    return begun, (closed, *effects)
+            missing = conduct.summary(experiment.conducts, experiment.spec.rounds.count)
+            done, effects = _end(experiment, ExperimentState.SUCCEEDED, missing, now)
+            return done, (*closed, *effects)
+    else:
+        stage = _next_attempt(experiment, round_)
+        if stage is None:
+            failed, effects = _end(experiment, ExperimentState.FAILED, _why_failed(round_), now)
+            return failed, (*closed, *effects)
+    begun, effects = _begin_stage(replace(experiment, stage=stage, stage_time=now), population, now)
+    return begun, (*closed, *effects)
 
 
-def _stage_after_failure(experiment: Experiment, round_: Round) -> tuple[Stage | None, str]:
+def _next_attempt(experiment: Experiment, round_: Round) -> Stage | None:
+    """What follows a round with too few results; None if it may not be tried again."""
+    stage, policy = experiment.stage, experiment.spec.rounds
+    failed = frozenset(ask.silo_id for ask in round_.asks if ask.state is AskState.ABSENT and not rounds.given_up(ask))
+    excused = not failed and any(ask.away for ask in round_.asks)
+    retries = stage.retries if excused else stage.retries + 1
+    if round_.message or policy.on_too_few is not OnTooFew.RETRY or retries > policy.retries:
+        return None  # one that was withdrawn would end in the same way again
+    kept = tuple(rounds.reopened(ask) for ask in round_.asks if ask.silo_id not in failed)
+    if stage.kind is TaskKind.INITIALIZE:
+        kept = ()  # any silo computes the same tensors
+    return Stage(stage.kind, stage.number, round_.attempt + 1, kept, retries, failed)
+
+
+def _why_failed(round_: Round) -> str:
     what = f"round {round_.number} ({round_.kind.value})"
-    if round_.message:  # not for want of results: another attempt would end in the same way
-        return None, f"{what}: {round_.message}"
-    policy = experiment.spec.rounds
-    if policy.on_too_few is OnTooFew.RETRY and round_.attempt < policy.retries:
-        kept = tuple(ask for ask in round_.asks if ask.state is AskState.RETURNED)
-        return replace(experiment.stage, attempt=round_.attempt + 1, kept=kept), ""
+    if round_.message:
+        return f"{what}: {round_.message}"
     returned = sum(ask.state is AskState.RETURNED for ask in round_.asks)
     reasons = "; ".join(f"{silo}: {why}" for silo, why in rounds.absentees(round_))
-    return None, f"{what} got {returned} of the {round_.needed} results it needs: {reasons}"
+    return f"{what} got {returned} of the {round_.needed} results it needs: {reasons}"
 
 
 def _end(

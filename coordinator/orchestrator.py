@@ -6,7 +6,6 @@
 """
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +16,8 @@ import structlog
 from coordinator import experiments, rounds
 from coordinator.actions import Action, Actions, StoreThread
 from coordinator.active import Active, ActiveExperiments, changed, closed
+from coordinator.clock import SteadyClock
+from coordinator.conduct import SetAside
 from coordinator.experiments import CloseRound, Experiment, ExperimentEvent, ExperimentState, SilosChanged
 from coordinator.inbox import (
     AggregationFailed,
@@ -34,7 +35,15 @@ from coordinator.inbox import (
     TimePassed,
 )
 from coordinator.presence import Presence, Session
-from coordinator.records import Changes, Checkpoint, RoundClosed, SiloChanged, SiloRecord, TaskRecord
+from coordinator.records import (
+    Changes,
+    Checkpoint,
+    RoundClosed,
+    SiloChanged,
+    SiloRecord,
+    SiloSetAside,
+    TaskRecord,
+)
 from coordinator.results import recorded, settlement
 from coordinator.store import Store
 from fedrt.errors import ConfigurationError, DamageError, SpecError, StorageError
@@ -50,7 +59,8 @@ _T = TypeVar("_T")
 class Orchestrator:
     """Owns all experiment state. Everything but `run` may be called from the event loop and returns at once."""
 
-    def __init__(self, store: Store, metrics: CoordinatorMetrics, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, metrics: CoordinatorMetrics, clock: Callable[[], float] | None = None) -> None:
+        clock = clock or SteadyClock()
         self._store = store
         self._thread = StoreThread()
         self._metrics = metrics
@@ -77,7 +87,8 @@ class Orchestrator:
         """Load what has not ended and perform its actions again."""
         for record in await self.in_store(self._store.silos):
             self.presence.silos[record.silo_id] = replace(record, connected=False, draining=False)
-        for experiment in await self.in_store(self._store.active_experiments):
+        for stored in await self.in_store(self._store.active_experiments):
+            experiment = experiments.resume(stored, self._clock())
             try:
                 active = Active(experiment, experiment.spec.local.tensors())
             except SpecError as error:
@@ -117,8 +128,6 @@ class Orchestrator:
             active.tasks = {task.task_id: task for task in known if experiment.round.ask(task.task_id)}
 
     async def _next_message(self) -> Message:
-        if self._clock() < self._ticked:
-            self._ticked = 0.0  # the clock was set back
         ticks = [experiments.next_tick(active.experiment) for active in self.active.by_name.values()]
         due = min((tick for tick in ticks if tick is not None and tick > self._ticked), default=None)
         timeout = None if due is None else max(0.0, due - self._clock())
@@ -293,11 +302,14 @@ class Orchestrator:
         old = active.experiment
         active.experiment, effects = experiments.step(old, event, self.presence.population, self._clock())
         for effect in effects:
-            if isinstance(effect, CloseRound):
-                self._record_round(active, effect.round)
+            match effect:
+                case CloseRound(round_):
+                    self._record_round(active, round_)
+                case SetAside():
+                    self._record_aside(active, effect)
         if active.experiment != old:
             self._note(active, old)
-        self._collect(active, tuple(effect for effect in effects if not isinstance(effect, CloseRound)))
+        self._collect(active, tuple(effect for effect in effects if not isinstance(effect, CloseRound | SetAside)))
 
     def _collect(self, active: Active, effects: rounds.Effects) -> None:
         self._due.extend(self._actions.action(active, effect, self.presence) for effect in effects)
@@ -315,11 +327,13 @@ class Orchestrator:
 
     def _begin_tasks(self, active: Active, round_: rounds.Round) -> None:
         name = active.experiment.experiment_id
-        tasks = [
-            active.tasks.get(ask.task_id)  # a result kept from the attempt before
-            or TaskRecord(ask.task_id, name, ask.silo_id, round_.number, round_.kind, round_.attempt)
-            for ask in round_.asks
-        ]
+        tasks = []
+        for ask in round_.asks:
+            task = active.tasks.get(ask.task_id)  # a result kept from the attempt before, or what that gave up
+            if task is None or ask.state is rounds.AskState.OFFERED:
+                attempt = task.attempt if task else round_.attempt
+                task = TaskRecord(ask.task_id, name, ask.silo_id, round_.number, round_.kind, attempt)
+            tasks.append(task)
         self.active.begin_tasks(active, tasks)
         for task in tasks:
             self._changes.tasks[task.task_id] = task
@@ -332,6 +346,13 @@ class Orchestrator:
         event = closed(active, round_, self._clock())
         self._changes.events.append(event)
         self._due.append(lambda: self._count_round(event))
+
+    def _record_aside(self, active: Active, aside: SetAside) -> None:
+        name = active.experiment.experiment_id
+        self._changes.events.append(SiloSetAside(name, aside.silo_id, aside.until_round, aside.message))
+        until, reason = aside.until_round, aside.message
+        self._log.warning("silo set aside", silo=aside.silo_id, experiment=name, until_round=until, reason=reason)
+        self._due.append(self._metrics.set_aside.inc)
 
     def _count_round(self, event: RoundClosed) -> None:
         self._metrics.rounds.labels("completed" if event.succeeded else "failed").inc()

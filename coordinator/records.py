@@ -109,7 +109,17 @@ class SiloChanged:
     silo: SiloRecord
 
 
-Event = ExperimentChanged | RoundClosed | SiloChanged
+@dataclass(frozen=True)
+class SiloSetAside:
+    """A silo failed repeatedly and is left out of the rounds before `until_round` that can do without it."""
+
+    experiment_id: str
+    silo_id: str
+    until_round: int
+    message: str
+
+
+Event = ExperimentChanged | RoundClosed | SiloChanged | SiloSetAside
 
 
 @dataclass(frozen=True)

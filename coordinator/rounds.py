@@ -11,19 +11,22 @@ Rules of the file:
 
 A round whose results carry no tensors skips AGGREGATING: an evaluation, or a method that shares nothing. A round that
 can no longer get enough results stays open for a moment, so that the silos that have not answered yet can say why they
-refuse too.
+refuse too. One that asked more silos than it wants results of goes on as soon as it has those.
 
 An ask: OFFERED --result--> RETURNED;  OFFERED --failure, refusal or deadline--> ABSENT. BUSY and DRAINING are not
 refusals for good: the ask stays OFFERED and is offered again later.
 """
 
 import enum
+from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from fedrt.task import RefusalReason, TaskKind, Verdict
 
 REOFFER_DELAY = 2.0  # seconds until a busy silo is asked again
+LATE = "no result within the time limit"
 LOST = "the round can no longer get enough results"
+ENOUGH = "the round had enough results without it"
 LOST_GRACE = 2.0  # seconds that a lost round stays open, so that the other silos can say why they refuse too
 
 
@@ -53,18 +56,22 @@ class Standing(enum.Enum):
 
 @dataclass(frozen=True)
 class Ask:
-    """One silo asked for one task. `message` says why an absentee is absent."""
+    """One silo asked for one task. `message` says why an absentee is absent; `away`, that it was not connected then."""
 
     silo_id: str
     task_id: str
     state: AskState = AskState.OFFERED
     message: str = ""
     reoffer_time: float | None = None
+    away: bool = False
 
 
 @dataclass(frozen=True)
 class Round:
-    """One exchange with a set of silos. `absent` were wanted, but not asked: (silo, why)."""
+    """One exchange with a set of silos. `absent` were wanted, but not asked: (silo, why).
+
+    It needs `needed` results, and waits for all that can come, or for `enough` of them.
+    """
 
     number: int
     kind: TaskKind
@@ -79,6 +86,7 @@ class Round:
     succeeded: bool = False
     lost_time: float | None = None  # since when too few results can come
     message: str = ""  # why it was withdrawn
+    enough: int | None = None
 
     def same_as(self, other: "Round") -> bool:
         """Whether both are the same round at different times."""
@@ -172,13 +180,14 @@ RoundEffect = Offer | Settle | Cancel | Aggregate
 Effects = tuple[RoundEffect, ...]
 
 
-def standing(asks: tuple[Ask, ...], needed: int) -> Standing:
-    """Whether the asks can still give `needed` results, and whether more can come."""
+def standing(asks: tuple[Ask, ...], needed: int, enough: int | None = None) -> Standing:
+    """Whether the asks can still give `needed` results, and whether more are worth waiting for."""
     returned = sum(ask.state is AskState.RETURNED for ask in asks)
     offered = sum(ask.state is AskState.OFFERED for ask in asks)
     if returned + offered < needed:
         return Standing.LOST
-    return Standing.PENDING if offered else Standing.ENOUGH
+    is_open = offered and (enough is None or returned < enough)
+    return Standing.PENDING if is_open else Standing.ENOUGH
 
 
 def step(round_: Round, event: RoundEvent, now: float) -> tuple[Round, Effects]:
@@ -202,6 +211,16 @@ def step(round_: Round, event: RoundEvent, now: float) -> tuple[Round, Effects]:
             return round_, ()
 
 
+def renew(round_: Round, now: float, time_limit: float) -> Round:
+    """The round as it goes on after a restart: its time begins anew, for nobody could deliver meanwhile.
+
+    The clock may have been set meanwhile, too: no earlier instant is compared with `now`.
+    """
+    asks = tuple(replace(ask, reoffer_time=None) for ask in round_.asks)  # offered again when their silos connect
+    lost_time = None if round_.lost_time is None else now
+    return replace(round_, asks=asks, deadline=now + time_limit, lost_time=lost_time)
+
+
 def resume(round_: Round) -> Effects:
     """The effects to perform again after a restart; offers go out when their silos connect."""
     if round_.phase is RoundPhase.AGGREGATING:
@@ -220,8 +239,49 @@ def next_tick(round_: Round) -> float | None:
 
 def absentees(round_: Round) -> tuple[tuple[str, str], ...]:
     """(silo, why) of everyone whose result did not count, by name."""
-    asked = [(ask.silo_id, ask.message or "no result") for ask in round_.asks if ask.state is not AskState.RETURNED]
+    asked = [(ask.silo_id, _reason(ask)) for ask in round_.asks if ask.state is not AskState.RETURNED]
     return tuple(sorted([*round_.absent, *asked]))
+
+
+def given_up(ask: Ask) -> bool:
+    """Whether the round stopped waiting for the silo, which may still be at work."""
+    return ask.state is AskState.ABSENT and ask.message in (LATE, LOST)
+
+
+def reopened(ask: Ask) -> Ask:
+    """The ask as the next attempt takes it over: it waits again for a silo that this one gave up."""
+    return replace(ask, state=AskState.OFFERED, message="", away=False) if given_up(ask) else ask
+
+
+def open_tasks(round_: Round) -> frozenset[str]:
+    """The tasks that the round waits for."""
+    return frozenset(ask.task_id for ask in round_.asks if ask.state is AskState.OFFERED)
+
+
+def open_offers(round_: Round) -> Effects:
+    """The offers of a round that begins; a silo that holds a task already is not offered it again."""
+    asks = (ask for ask in round_.asks if ask.state is AskState.OFFERED and ask.reoffer_time is None)
+    return tuple(Offer(ask.silo_id, ask.task_id) for ask in asks)
+
+
+def to_blame(round_: Round, ask: Ask) -> bool:
+    """Whether it was the silo's own doing that it gave no result."""
+    excused = ask.away or ask.message in (LOST, ENOUGH) or bool(round_.message)
+    return ask.state is AskState.ABSENT and not excused
+
+
+def note_away(before: Round, after: Round, connected: Set[str]) -> Round:
+    """The round with a mark at each ask that the last step gave up while its silo was not connected."""
+    waited_for = {ask.task_id for ask in before.asks if ask.state is AskState.OFFERED}
+    asks = tuple(
+        replace(ask, away=True) if ask.task_id in waited_for and given_up(ask) and ask.silo_id not in connected else ask
+        for ask in after.asks
+    )
+    return after if asks == after.asks else replace(after, asks=asks)
+
+
+def _reason(ask: Ask) -> str:
+    return f"{ask.message or 'no result'}; not connected" if ask.away else ask.message or "no result"
 
 
 def _settle(
@@ -255,9 +315,8 @@ def _tick(round_: Round, now: float) -> tuple[Round, Effects]:
     if round_.phase is not RoundPhase.COLLECTING:
         return round_, ()
     if now >= round_.deadline:
-        late = "no result within the time limit"
-        cancels = _cancels(round_, late)
-        decided, effects = _decide(_with_absent(round_, late), now)
+        cancels = _cancels(round_, LATE)
+        decided, effects = _decide(_with_absent(round_, LATE), now)
         return decided, (*cancels, *effects)
     if round_.lost_time is not None and now >= round_.lost_time + LOST_GRACE:
         return _close_failed(round_, LOST)
@@ -268,7 +327,7 @@ def _tick(round_: Round, now: float) -> tuple[Round, Effects]:
 
 
 def _decide(round_: Round, now: float) -> tuple[Round, Effects]:
-    match standing(round_.asks, round_.needed):
+    match standing(round_.asks, round_.needed, round_.enough):
         case Standing.PENDING:
             return round_, ()
         case Standing.LOST if any(ask.state is AskState.OFFERED for ask in round_.asks):
@@ -276,9 +335,11 @@ def _decide(round_: Round, now: float) -> tuple[Round, Effects]:
         case Standing.LOST:
             return _close_failed(round_, LOST)
         case Standing.ENOUGH if not round_.aggregates:
-            return replace(round_, phase=RoundPhase.CLOSED, succeeded=True), ()
+            closed = replace(_with_absent(round_, ENOUGH), phase=RoundPhase.CLOSED, succeeded=True)
+            return closed, _cancels(round_, ENOUGH)
         case Standing.ENOUGH:
-            return replace(round_, phase=RoundPhase.AGGREGATING), (Aggregate(_returned_tasks(round_)),)
+            aggregating = replace(_with_absent(round_, ENOUGH), phase=RoundPhase.AGGREGATING)
+            return aggregating, (*_cancels(round_, ENOUGH), Aggregate(_returned_tasks(round_)))
 
 
 def _close_failed(round_: Round, message: str) -> tuple[Round, Effects]:

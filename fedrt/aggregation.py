@@ -3,6 +3,9 @@
 Every rule sorts by silo id and sums in float64, so the order of arrival changes no bit. What a rule remembers between
 rounds is float32, as it is stored, so a restart changes no bit either. Whether the results are finite is for the caller
 to check.
+
+A delta may be read from a store each time it is looked at, so a rule looks at one silo's tensor at a time and keeps at
+most a bounded part of each: memory does not grow with the number of silos.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +19,7 @@ from fedrt.errors import TensorError
 from fedrt.tensors import Array, Tensors, all_finite
 
 _SLICE = 1 << 18  # elements combined at a time: bounds the float64 temporaries for payloads of any size
+_GATHERED = 1 << 20  # elements summed of one silo, or sorted of all, between two looks at a delta
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ def weighted_mean(updates: Sequence[Update]) -> dict[str, Array]:
     if total <= 0:
         raise ValueError("a weighted mean needs at least one example")
     weights = [update.example_count / total for update in ordered]
-    return {name: _weighted_sum([update.delta[name] for update in ordered], weights) for name in ordered[0].delta}
+    return {name: _weighted_sum(ordered, name, weights) for name in ordered[0].delta}
 
 
 def uniform_mean(updates: Sequence[Update]) -> dict[str, Array]:
@@ -193,33 +197,43 @@ def trimmed_mean(updates: Sequence[Update], count: int) -> dict[str, Array]:
     ordered = _ordered(updates)
     if not 0 <= count <= _most(ordered):
         raise ValueError(f"{count} cannot be trimmed at each end of {len(ordered)} updates")
-    return {name: _trimmed([update.delta[name] for update in ordered], count) for name in ordered[0].delta}
+    return {name: _trimmed(ordered, name, count) for name in ordered[0].delta}
 
 
-def _weighted_sum(arrays: Sequence[Array], weights: Sequence[float]) -> Array:
-    out = np.empty(arrays[0].shape, np.float32)
-    flat_out, flats = out.reshape(-1), [array.reshape(-1) for array in arrays]
-    for part in _slices(out.size, _SLICE):
-        total = np.zeros(flat_out[part].shape, np.float64)
-        for flat, weight in zip(flats, weights, strict=True):
-            total += weight * flat[part].astype(np.float64)
-        flat_out[part] = total
+def _weighted_sum(updates: Sequence[Update], name: str, weights: Sequence[float]) -> Array:
+    out = np.empty(updates[0].delta[name].shape, np.float32)
+    flat_out = out.reshape(-1)
+    for gathered in _slices(out.size, _GATHERED):
+        total = np.zeros(flat_out[gathered].size, np.float64)
+        for update, weight in zip(updates, weights, strict=True):
+            flat = update.delta[name].reshape(-1)[gathered]
+            for part in _slices(total.size, _SLICE):
+                total[part] += weight * flat[part].astype(np.float64)
+        flat_out[gathered] = total
     return out
 
 
-def _trimmed(arrays: Sequence[Array], count: int) -> Array:
-    out = np.empty(arrays[0].shape, np.float32)
-    flat_out, flats = out.reshape(-1), [array.reshape(-1) for array in arrays]
-    for part in _slices(out.size, max(1024, _SLICE // len(flats))):
-        rows = np.stack([flat[part] for flat in flats])  # [silos, elements]
-        if count:
-            rows.sort(axis=0)
-        kept = rows[count : len(rows) - count]
-        total = np.zeros(flat_out[part].shape, np.float64)
-        for row in kept:
-            total += row
-        flat_out[part] = total / len(kept)
+def _trimmed(updates: Sequence[Update], name: str, count: int) -> Array:
+    out = np.empty(updates[0].delta[name].shape, np.float32)
+    flat_out, silos = out.reshape(-1), len(updates)
+    for gathered in _slices(out.size, max(1024, _GATHERED // silos)):
+        rows = np.empty((silos, flat_out[gathered].size), np.float32)  # [silos, elements]
+        for row, update in zip(rows, updates, strict=True):
+            row[:] = update.delta[name].reshape(-1)[gathered]
+        for part in _slices(rows.shape[1], max(1024, _SLICE // silos)):
+            flat_out[gathered][part] = _mean_without(rows[:, part], count)
     return out
+
+
+def _mean_without(rows: Array, count: int) -> Array:
+    """The mean of each column without its `count` smallest and largest values, in float64; sorts the rows."""
+    if count:
+        rows.sort(axis=0)
+    kept = rows[count : len(rows) - count]
+    total = np.zeros(rows.shape[1], np.float64)
+    for row in kept:
+        total += row
+    return total / len(kept)
 
 
 def _elementwise(formula: Callable[..., Array], *arrays: Array) -> Array:

@@ -72,6 +72,10 @@ def event_json(event: pb.Event) -> Json:
             return fields | {"experiment": closed.experiment_id} | round_json(closed_round(closed))
         case "silo_changed":
             return fields | silo_json(event.silo_changed.silo)
+        case "silo_set_aside":
+            aside = event.silo_set_aside
+            where: Json = {"experiment": aside.experiment_id, "silo": aside.silo_id}
+            return fields | where | {"until_round": aside.until_round_number, "message": aside.message}
         case _:
             return fields
 

@@ -41,6 +41,9 @@ def event_line(event: pb.Event) -> str:
             experiment = event.experiment_changed.experiment
             message = f": {printable(experiment.status_message)}" if experiment.status_message else ""
             return f"{state_name(experiment.state)}{message}"
+        case "silo_set_aside":
+            aside = event.silo_set_aside
+            return f"{aside.silo_id} is set aside until round {aside.until_round_number}: {printable(aside.message)}"
         case _:
             return ""
 

@@ -109,6 +109,17 @@ class RoundsSection(Section):
     )
     on_too_few: OnTooFew = Field(default=RoundsSpec.on_too_few, description="What a round with too few results does")
     retries: int = Field(default=RoundsSpec.retries, description="How often a round is retried before it fails")
+    over_selection: int = Field(
+        default=RoundsSpec.over_selection,
+        description="Silos that train beyond max_silos; the round closes with the first max_silos results",
+    )
+    set_aside_after: int = Field(
+        default=RoundsSpec.set_aside_after,
+        description="Failed rounds in a row after which a silo is left out for a while; 0: never",
+    )
+    set_aside_rounds: int = Field(
+        default=RoundsSpec.set_aside_rounds, description="Rounds that it is left out of, where they can do without it"
+    )
 
 
 class EvaluationSection(Section):

@@ -48,6 +48,7 @@ class CoordinatorMetrics:
         self.store_commit_duration = Histogram(
             f"{prefix}store_commit_seconds", "Time of a commit to the store", registry=registry, buckets=_SHORT_SECONDS
         )
+        self.set_aside = Counter(f"{prefix}silos_set_aside", "Times that a silo was set aside", registry=registry)
         self.experiments = Gauge(f"{prefix}experiments", "Experiments by state", ["state"], registry=registry)
         self.certificate_expiry = Gauge(
             f"{prefix}certificate_expiry_timestamp_seconds", "When its certificate expires (Unix)", registry=registry

@@ -116,7 +116,12 @@ class TrainingSpec:
 
 @dataclass(frozen=True)
 class RoundsSpec:
-    """Who takes part and for how long. Empty `silos` means all; no `min_results` means every asked silo."""
+    """Who takes part and for how long. Empty `silos` means all; no `min_results` means every asked silo.
+
+    With `over_selection`, so many silos more than `max_silos` train, and a round closes with the first `max_silos`
+    results. A silo that fails `set_aside_after` training rounds in a row (0: never) is left out of the next
+    `set_aside_rounds`, where they can do without it.
+    """
 
     count: int
     time_limit: float = 1800.0  # seconds
@@ -125,6 +130,9 @@ class RoundsSpec:
     silos: tuple[str, ...] = ()
     on_too_few: OnTooFew = OnTooFew.RETRY
     retries: int = 2
+    over_selection: int = 0
+    set_aside_after: int = 3
+    set_aside_rounds: int = 5
 
     def __post_init__(self) -> None:
         if not 0 <= self.count <= 1_000_000:
@@ -144,6 +152,12 @@ class RoundsSpec:
             raise SpecError("rounds.silos names a silo twice")
         if self.retries < 0:
             raise SpecError("rounds.retries must not be negative")
+        if not 0 <= self.over_selection <= MAX_COUNT:
+            raise SpecError(f"rounds.over_selection is {self.over_selection}; it must be between 0 and {MAX_COUNT}")
+        if self.over_selection and self.max_silos is None:
+            raise SpecError("rounds.over_selection adds to rounds.max_silos, which is not set; set it too")
+        if not (0 <= self.set_aside_after <= MAX_COUNT and 0 <= self.set_aside_rounds <= MAX_COUNT):
+            raise SpecError(f"rounds.set_aside_after and rounds.set_aside_rounds must be between 0 and {MAX_COUNT}")
 
 
 @dataclass(frozen=True)

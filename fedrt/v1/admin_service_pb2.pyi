@@ -424,6 +424,7 @@ class Event(_message.Message):
     EXPERIMENT_CHANGED_FIELD_NUMBER: _builtins.int
     ROUND_CLOSED_FIELD_NUMBER: _builtins.int
     SILO_CHANGED_FIELD_NUMBER: _builtins.int
+    SILO_SET_ASIDE_FIELD_NUMBER: _builtins.int
     event_number: _builtins.int
     """Increases by one with each event."""
     @_builtins.property
@@ -442,6 +443,10 @@ class Event(_message.Message):
     def silo_changed(self) -> Global___SiloChanged:
         """A silo changed its state or its connection."""
 
+    @_builtins.property
+    def silo_set_aside(self) -> Global___SiloSetAside:
+        """A silo failed repeatedly and is left out of the coming rounds."""
+
     def __init__(
         self,
         *,
@@ -450,12 +455,13 @@ class Event(_message.Message):
         experiment_changed: Global___ExperimentChanged | None = ...,
         round_closed: Global___RoundClosed | None = ...,
         silo_changed: Global___SiloChanged | None = ...,
+        silo_set_aside: Global___SiloSetAside | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time", "experiment_changed", b"experiment_changed", "kind", b"kind", "round_closed", b"round_closed", "silo_changed", b"silo_changed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time", "experiment_changed", b"experiment_changed", "kind", b"kind", "round_closed", b"round_closed", "silo_changed", b"silo_changed", "silo_set_aside", b"silo_set_aside"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_number", b"event_number", "event_time", b"event_time", "experiment_changed", b"experiment_changed", "kind", b"kind", "round_closed", b"round_closed", "silo_changed", b"silo_changed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_number", b"event_number", "event_time", b"event_time", "experiment_changed", b"experiment_changed", "kind", b"kind", "round_closed", b"round_closed", "silo_changed", b"silo_changed", "silo_set_aside", b"silo_set_aside"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["experiment_changed", "round_closed", "silo_changed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["experiment_changed", "round_closed", "silo_changed", "silo_set_aside"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -676,3 +682,37 @@ class SiloChanged(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SiloChanged: _TypeAlias = SiloChanged  # noqa: Y015
+
+@_typing.final
+class SiloSetAside(_message.Message):
+    """A silo failed repeatedly and is left out of the coming rounds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERIMENT_ID_FIELD_NUMBER: _builtins.int
+    SILO_ID_FIELD_NUMBER: _builtins.int
+    UNTIL_ROUND_NUMBER_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    experiment_id: _builtins.str
+    """The experiment."""
+    silo_id: _builtins.str
+    """The silo."""
+    until_round_number: _builtins.int
+    """The first round that it may take part in again."""
+    message: _builtins.str
+    """Why, in one sentence."""
+    def __init__(
+        self,
+        *,
+        experiment_id: _builtins.str = ...,
+        silo_id: _builtins.str = ...,
+        until_round_number: _builtins.int = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experiment_id", b"experiment_id", "message", b"message", "silo_id", b"silo_id", "until_round_number", b"until_round_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SiloSetAside: _TypeAlias = SiloSetAside  # noqa: Y015

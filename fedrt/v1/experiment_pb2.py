@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64rt/v1/experiment.proto\x12\x08\x66\x65\x64rt.v1\x1a\x13\x66\x65\x64rt/v1/task.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb5\x03\n\nExperiment\x12\x15\n\rexperiment_id\x18\x01 \x01(\t\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.fedrt.v1.ExperimentSpec\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.fedrt.v1.Experiment.State\x12\x14\n\x0cround_number\x18\x04 \x01(\r\x12\x16\n\x0estatus_message\x18\x05 \x01(\t\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x11\x63urrent_task_kind\x18\x08 \x01(\x0e\x32\x12.fedrt.v1.TaskKind\"\x80\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_PENDING\x10\x01\x12\x11\n\rSTATE_RUNNING\x10\x02\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x12\x13\n\x0fSTATE_CANCELLED\x10\x05\"\x96\x01\n\x0e\x45xperimentSpec\x12\"\n\x05local\x18\x01 \x01(\x0b\x32\x13.fedrt.v1.LocalSpec\x12$\n\x06rounds\x18\x02 \x01(\x0b\x32\x14.fedrt.v1.RoundsSpec\x12,\n\nevaluation\x18\x03 \x01(\x0b\x32\x18.fedrt.v1.EvaluationSpec\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"\xa9\x02\n\nRoundsSpec\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12-\n\ntime_limit\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10min_result_count\x18\x03 \x01(\r\x12\x16\n\x0emax_silo_count\x18\x04 \x01(\r\x12\x10\n\x08silo_ids\x18\x05 \x03(\t\x12\x31\n\non_too_few\x18\x06 \x01(\x0e\x32\x1d.fedrt.v1.RoundsSpec.OnTooFew\x12\x13\n\x0bretry_count\x18\x07 \x01(\r\"Q\n\x08OnTooFew\x12\x1a\n\x16ON_TOO_FEW_UNSPECIFIED\x10\x00\x12\x13\n\x0fON_TOO_FEW_FAIL\x10\x01\x12\x14\n\x10ON_TOO_FEW_RETRY\x10\x02\"\"\n\x0e\x45valuationSpec\x12\x10\n\x08interval\x18\x01 \x01(\r\"\x9b\x02\n\x04Silo\x12\x0f\n\x07silo_id\x18\x01 \x01(\t\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.fedrt.v1.Silo.State\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x32\n\x0elast_seen_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\ropen_task_ids\x18\x05 \x03(\t\x12\x18\n\x10software_version\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x0f\n\x07methods\x18\x08 \x03(\t\"D\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_ACTIVE\x10\x01\x12\x12\n\x0eSTATE_DRAINING\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64rt/v1/experiment.proto\x12\x08\x66\x65\x64rt.v1\x1a\x13\x66\x65\x64rt/v1/task.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb5\x03\n\nExperiment\x12\x15\n\rexperiment_id\x18\x01 \x01(\t\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.fedrt.v1.ExperimentSpec\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.fedrt.v1.Experiment.State\x12\x14\n\x0cround_number\x18\x04 \x01(\r\x12\x16\n\x0estatus_message\x18\x05 \x01(\t\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x11\x63urrent_task_kind\x18\x08 \x01(\x0e\x32\x12.fedrt.v1.TaskKind\"\x80\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_PENDING\x10\x01\x12\x11\n\rSTATE_RUNNING\x10\x02\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x12\x13\n\x0fSTATE_CANCELLED\x10\x05\"\x96\x01\n\x0e\x45xperimentSpec\x12\"\n\x05local\x18\x01 \x01(\x0b\x32\x13.fedrt.v1.LocalSpec\x12$\n\x06rounds\x18\x02 \x01(\x0b\x32\x14.fedrt.v1.RoundsSpec\x12,\n\nevaluation\x18\x03 \x01(\x0b\x32\x18.fedrt.v1.EvaluationSpec\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"\x85\x03\n\nRoundsSpec\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12-\n\ntime_limit\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10min_result_count\x18\x03 \x01(\r\x12\x16\n\x0emax_silo_count\x18\x04 \x01(\r\x12\x10\n\x08silo_ids\x18\x05 \x03(\t\x12\x31\n\non_too_few\x18\x06 \x01(\x0e\x32\x1d.fedrt.v1.RoundsSpec.OnTooFew\x12\x13\n\x0bretry_count\x18\x07 \x01(\r\x12\x1c\n\x14over_selection_count\x18\x08 \x01(\r\x12\x1d\n\x15set_aside_after_count\x18\t \x01(\r\x12\x1d\n\x15set_aside_round_count\x18\n \x01(\r\"Q\n\x08OnTooFew\x12\x1a\n\x16ON_TOO_FEW_UNSPECIFIED\x10\x00\x12\x13\n\x0fON_TOO_FEW_FAIL\x10\x01\x12\x14\n\x10ON_TOO_FEW_RETRY\x10\x02\"\"\n\x0e\x45valuationSpec\x12\x10\n\x08interval\x18\x01 \x01(\r\"\x9b\x02\n\x04Silo\x12\x0f\n\x07silo_id\x18\x01 \x01(\t\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.fedrt.v1.Silo.State\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x32\n\x0elast_seen_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\ropen_task_ids\x18\x05 \x03(\t\x12\x18\n\x10software_version\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x0f\n\x07methods\x18\x08 \x03(\t\"D\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_ACTIVE\x10\x01\x12\x12\n\x0eSTATE_DRAINING\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,13 +41,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPERIMENTSPEC']._serialized_start=566
   _globals['_EXPERIMENTSPEC']._serialized_end=716
   _globals['_ROUNDSSPEC']._serialized_start=719
-  _globals['_ROUNDSSPEC']._serialized_end=1016
-  _globals['_ROUNDSSPEC_ONTOOFEW']._serialized_start=935
-  _globals['_ROUNDSSPEC_ONTOOFEW']._serialized_end=1016
-  _globals['_EVALUATIONSPEC']._serialized_start=1018
-  _globals['_EVALUATIONSPEC']._serialized_end=1052
-  _globals['_SILO']._serialized_start=1055
-  _globals['_SILO']._serialized_end=1338
-  _globals['_SILO_STATE']._serialized_start=1270
-  _globals['_SILO_STATE']._serialized_end=1338
+  _globals['_ROUNDSSPEC']._serialized_end=1108
+  _globals['_ROUNDSSPEC_ONTOOFEW']._serialized_start=1027
+  _globals['_ROUNDSSPEC_ONTOOFEW']._serialized_end=1108
+  _globals['_EVALUATIONSPEC']._serialized_start=1110
+  _globals['_EVALUATIONSPEC']._serialized_end=1144
+  _globals['_SILO']._serialized_start=1147
+  _globals['_SILO']._serialized_end=1430
+  _globals['_SILO_STATE']._serialized_start=1362
+  _globals['_SILO_STATE']._serialized_end=1430
 # @@protoc_insertion_point(module_scope)

@@ -189,6 +189,9 @@ class RoundsSpec(_message.Message):
     SILO_IDS_FIELD_NUMBER: _builtins.int
     ON_TOO_FEW_FIELD_NUMBER: _builtins.int
     RETRY_COUNT_FIELD_NUMBER: _builtins.int
+    OVER_SELECTION_COUNT_FIELD_NUMBER: _builtins.int
+    SET_ASIDE_AFTER_COUNT_FIELD_NUMBER: _builtins.int
+    SET_ASIDE_ROUND_COUNT_FIELD_NUMBER: _builtins.int
     count: _builtins.int
     """The number of training rounds. Zero only evaluates."""
     min_result_count: _builtins.int
@@ -198,7 +201,19 @@ class RoundsSpec(_message.Message):
     on_too_few: Global___RoundsSpec.OnTooFew.ValueType
     """What happens to a round with too few results."""
     retry_count: _builtins.int
-    """How often one round is tried again."""
+    """How often one round is tried again. An attempt that lacked silos which
+    were not connected does not count.
+    """
+    over_selection_count: _builtins.int
+    """Silos asked to train beyond `max_silo_count`. The round closes as soon as
+    it has that many results.
+    """
+    set_aside_after_count: _builtins.int
+    """Training rounds in a row that a silo may fail before it is set aside.
+    Zero means that none ever is.
+    """
+    set_aside_round_count: _builtins.int
+    """Rounds that a silo is then left out of, where they can do without it."""
     @_builtins.property
     def time_limit(self) -> _duration_pb2.Duration:
         """How long a round waits for results."""
@@ -217,10 +232,13 @@ class RoundsSpec(_message.Message):
         silo_ids: _abc.Iterable[_builtins.str] | None = ...,
         on_too_few: Global___RoundsSpec.OnTooFew.ValueType = ...,
         retry_count: _builtins.int = ...,
+        over_selection_count: _builtins.int = ...,
+        set_aside_after_count: _builtins.int = ...,
+        set_aside_round_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "max_silo_count", b"max_silo_count", "min_result_count", b"min_result_count", "on_too_few", b"on_too_few", "retry_count", b"retry_count", "silo_ids", b"silo_ids", "time_limit", b"time_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "max_silo_count", b"max_silo_count", "min_result_count", b"min_result_count", "on_too_few", b"on_too_few", "over_selection_count", b"over_selection_count", "retry_count", b"retry_count", "set_aside_after_count", b"set_aside_after_count", "set_aside_round_count", b"set_aside_round_count", "silo_ids", b"silo_ids", "time_limit", b"time_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -53,8 +53,7 @@ class Rounds:
             for at, (silo, part) in enumerate(tasks.items())
         ]
         checkpoint = self.store.checkpoint("e1")
-        current = self.store.blob(checkpoint.shared)
-        inputs = gather(self.store, list(reversed(records)), checkpoint, current)
+        inputs = gather(self.store.blob, list(reversed(records)), checkpoint)
         self.keep(number, *combine(self.spec, TaskKind.TRAIN, inputs))
 
     def restart(self):
@@ -133,6 +132,6 @@ def test_a_rule_that_overflows_is_an_error(rule):
 def test_a_result_without_tensors_is_damage(tmp_path):
     store = Store(tmp_path / "state")
     task = TaskRecord("e1/1/train/north", "e1", "north", 1, TaskKind.TRAIN, 0)
-    with pytest.raises(DamageError, match="a stored result has no tensors; restore"):
-        gather(store, [task], None, None)
+    with pytest.raises(DamageError, match="'e1/1/train/north' has no tensors; restore"):
+        gather(store.blob, [task], None)
     store.close()

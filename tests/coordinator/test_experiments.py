@@ -1,6 +1,7 @@
 """Experiments: golden transcripts, stages, and random histories that crash anywhere."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from coordinator.experiments import (
     create,
     next_stage,
     offers_on_connect,
+    resume,
     step,
     task_id_of,
     task_seed,
@@ -232,6 +234,58 @@ def test_a_retry_does_not_insist_on_the_silo_that_failed_to_initialize():
     assert others > 0
 
 
+def test_a_restart_gives_what_is_waited_for_its_time_again():
+    experiment, _ = begun(on_too_few=OnTooFew.RETRY)
+    later = resume(experiment, 5000.0)
+    assert later.round.deadline == 5100.0
+    assert replace(later, stage_time=experiment.stage_time, round=experiment.round) == experiment
+    doomed, _ = step(experiment, ResultFailed("e1/1/train/north", "broken"), ALL_THERE, 1.0)
+    assert resume(doomed, 5000.0).round.lost_time == 5000.0
+    waiting = create("e1", experiment_spec(), "", 0.0)
+    assert resume(waiting, 5000.0) == replace(waiting, stage_time=5000.0)
+    assert resume(experiment, -86_400.0).round.deadline == -86_300.0
+
+
+def test_failures_are_answered_with_ever_longer_pauses():
+    experiment, _ = begun(on_too_few=OnTooFew.RETRY, retries=9, silos=("north", "south"))
+    now, pauses = 0.0, []
+    experiment, _ = step(experiment, ResultStored("e1/1/train/north"), ALL_THERE, now)
+    for _ in range(9):
+        (ask,) = (ask for ask in experiment.round.asks if ask.silo_id == "south")
+        experiment, effects = step(experiment, ResultFailed(ask.task_id, "no disk"), ALL_THERE, now)
+        (ask,) = (ask for ask in experiment.round.asks if ask.silo_id == "south")
+        assert (Offer("south", ask.task_id) in effects) == (ask.reoffer_time is None)
+        pauses.append(0.0 if ask.reoffer_time is None else ask.reoffer_time - now)
+        now += pauses[-1]
+        experiment, _ = step(experiment, Tick(), ALL_THERE, now)
+    assert pauses == [0.0, 10.0, 30.0, 60.0, 120.0, 300.0, 300.0, 300.0, 300.0]
+
+
+def test_a_silo_that_is_away_excuses_an_attempt_but_not_one_in_which_another_failed():
+    """Or a silo that always fails would be asked without end while another one is away."""
+    experiment, _ = begun(on_too_few=OnTooFew.RETRY, retries=1, silos=("north", "south"))
+    only_south = Population(ALL_THERE.known, frozenset({"south"}))
+    for number in range(1, 4):
+        experiment, _ = step(experiment, Tick(), only_south, 100.0 * number)
+        assert (experiment.round.attempt, experiment.stage.retries) == (number, 0)
+    for number in (4, 5):
+        task_id = next(ask.task_id for ask in experiment.round.asks if ask.silo_id == "south")
+        now = 300.0 + 10 * number
+        experiment, _ = step(experiment, ResultFailed(task_id, "broken"), only_south, now)
+        experiment, _ = step(experiment, Tick(), only_south, now + rounds.LOST_GRACE)
+    assert experiment.state is ExperimentState.FAILED
+
+
+def test_an_initialization_that_nobody_answers_is_given_to_another_silo_and_cancelled():
+    for seed in range(10):
+        spec = experiment_spec(hyperparameters=FROM_WORDS, seed=seed, on_too_few=OnTooFew.RETRY, retries=1)
+        first, _ = step(create("e1", spec, "", 0.0), SilosChanged(), ALL_THERE, 0.0)
+        (ask,) = first.round.asks
+        second, effects = step(first, Tick(), ALL_THERE, 100.0)
+        assert any(isinstance(effect, Cancel) and effect.task_id == ask.task_id for effect in effects)
+        assert second.round.ask(ask.task_id) is None
+
+
 # Names and seeds of tasks
 
 
@@ -301,6 +355,11 @@ specs = st.builds(
     silos=st.sampled_from([(), ("a", "b"), SILOS]),
     on_too_few=st.sampled_from(OnTooFew),
     retries=st.integers(0, 2),
+    set_aside_after=st.integers(0, 2),
+    set_aside_rounds=st.integers(0, 2),
+)
+specs |= specs.filter(lambda spec: spec.rounds.max_silos is not None).map(
+    lambda spec: replace(spec, rounds=replace(spec.rounds, over_selection=1))
 )
 
 
@@ -376,6 +435,7 @@ class Run:
                     assert (ask.silo_id, ask.state) == (silo_id, AskState.OFFERED)
                 case Cancel(_, task_id):
                     assert before.round.ask(task_id).state is AskState.OFFERED
+                    assert after.round is None or task_id not in rounds.open_tasks(after.round)
                 case CloseRound(round_):
                     assert round_.phase is RoundPhase.CLOSED
                     assert all(ask.state is not AskState.OFFERED for ask in round_.asks)
@@ -388,6 +448,7 @@ class Run:
         assert round_.phase is RoundPhase.AGGREGATING
         assert round_.kind is not TaskKind.EVALUATE
         assert len(task_ids) >= round_.needed
+        assert len({task_id.rpartition("/")[2] for task_id in task_ids}) == len(task_ids)  # each silo once
         assert set(task_ids) == {ask.task_id for ask in round_.asks} & self.stored
         assert rounds.resume(round_) == (Aggregate(task_ids),)
 
@@ -418,13 +479,13 @@ def test_whatever_happens_an_experiment_keeps_its_rules(spec, history):
     assert succeeded == stages[: len(succeeded)]
     assert (len(succeeded) == len(stages)) == (run.experiment.state is ExperimentState.SUCCEEDED)
     retries = spec.rounds.retries if spec.rounds.on_too_few is OnTooFew.RETRY else 0
-    assert max((round_.attempt for round_ in run.closed), default=0) <= retries
+    assert run.experiment.stage.retries <= retries
     trained = {(round_.kind, round_.number) for round_ in run.closed if round_.succeeded} - {
         stage for stage in stages if stage[0] is TaskKind.EVALUATE
     }
     assert trained <= {(kind, number) for kind, number, _ in run.aggregated}
     if run.experiment.state is ExperimentState.FAILED:
-        assert run.closed[-1].attempt == retries
+        assert run.experiment.stage.retries == retries
         assert "results it needs" in run.experiment.message
 
 

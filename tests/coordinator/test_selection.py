@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.selection import Population, Selection, Waiting, select
+from coordinator.selection import Occasion, Population, Selection, Waiting, select
 from fedrt.spec import RoundsSpec
 from fedrt.task import TaskKind
 
@@ -15,8 +15,9 @@ def people(known, available=None):
     return Population(frozenset(known), frozenset(known if available is None else available))
 
 
-def chosen(population, kind=TRAIN, draw=(1, 1, 0), overdue=False, **limits):
-    return select(RoundsSpec(1, **limits), population, kind, draw, overdue)
+def chosen(population, kind=TRAIN, draw=(1, 1, 0), overdue=False, aside=(), **limits):
+    reasons = {name: f"{name} failed" for name in aside}
+    return select(RoundsSpec(1, **limits), population, Occasion(kind, draw, overdue, reasons))
 
 
 def test_everybody_known_is_asked_and_needed():
@@ -115,6 +116,32 @@ def test_everybody_is_drawn_about_equally_often():
     assert all(340 < count < 460 for count in counts.values())
 
 
+def test_more_silos_are_asked_than_results_are_waited_for():
+    assert chosen(people("abcdef"), max_silos=5, over_selection=3) == Selection(tuple("abcdef"), 5, enough=5)
+    selection = chosen(people("abcdef"), max_silos=3, over_selection=1, min_results=2)
+    assert (len(selection.asked), selection.needed, selection.enough) == (4, 2, 3)
+    assert set(chosen(people("abcdef"), max_silos=3).asked) < set(selection.asked)
+    assert chosen(people("abc"), max_silos=3, over_selection=2).enough == 3
+
+
+def test_only_training_asks_more_silos_than_it_waits_for():
+    assert chosen(people("abcd"), EVALUATE, max_silos=2, over_selection=1) == Selection(tuple("abcd"), 1)
+    assert len(chosen(people("abcd"), INITIALIZE, max_silos=2, over_selection=1).asked) == 1
+
+
+def test_silos_that_are_set_aside_are_left_out_and_named():
+    assert chosen(people("abc"), aside="b", min_results=2) == Selection(("a", "c"), 2, (("b", "b failed"),))
+    there = people("abcd", "abc")
+    assert chosen(there, aside="b", min_results=2).absent == (("b", "b failed"), ("d", "not connected"))
+    assert chosen(people("abc"), EVALUATE, aside="b", min_results=2).asked == ("a", "b", "c")
+
+
+def test_silos_that_are_set_aside_are_asked_all_the_same_where_they_are_needed():
+    assert chosen(people("abc"), aside="b", min_results=3) == Selection(("a", "b", "c"), 3)
+    assert chosen(people("abc"), aside="ab", min_results=2) == Selection(("a", "b", "c"), 2)
+    assert chosen(people("abc"), aside="b") == Selection(("a", "b", "c"), 3)
+
+
 names = st.frozensets(st.sampled_from("abcdefg"), max_size=7)
 
 
@@ -131,7 +158,7 @@ def test_only_those_who_may_and_are_there_are_asked(known, available, named, nee
     rounds = RoundsSpec(1, min_results=needed, max_silos=capacity, silos=silos)
     population = Population(known | available, available)
     wanted = set(silos) or set(population.known)
-    selection = select(rounds, population, kind, (1, 1, 0))
+    selection = select(rounds, population, Occasion(kind, (1, 1, 0)))
     if isinstance(selection, Waiting):
         assert selection.message
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from coordinator import experiments, rounds
+from coordinator.conduct import SetAside
 from coordinator.experiments import CancelOrdered, CloseRound, Experiment, ExperimentEvent, SilosChanged
 from coordinator.rounds import (
     Aggregate,
@@ -123,6 +124,7 @@ class Transcript:
     def restart(self) -> list[str]:
         """The coordinator comes back: nobody is connected, and the effects of the stored state are performed again."""
         self.available.clear()
+        self.experiment = experiments.resume(self.experiment, self.now)
         round_ = self.experiment.round
         effects = rounds.resume(round_) if round_ else ()
         return [*map(told, effects), standing_of(self.experiment)]
@@ -148,7 +150,7 @@ class Transcript:
         return [*map(told, effects), standing_of(self.experiment)]
 
 
-def told(effect: rounds.RoundEffect | CloseRound) -> str:
+def told(effect: rounds.RoundEffect | CloseRound | SetAside) -> str:
     """An effect as one line."""
     match effect:
         case Offer(_, task_id):
@@ -162,6 +164,8 @@ def told(effect: rounds.RoundEffect | CloseRound) -> str:
         case CloseRound(round_):
             absent = "".join(f"; {silo} absent: {why}" for silo, why in rounds.absentees(round_))
             return f"CloseRound {place(round_)} {'succeeded' if round_.succeeded else 'failed'}{absent}"
+        case SetAside(silo_id, until_round, message):
+            return f"SetAside {silo_id} until round {until_round}{quoted(message)}"
 
 
 def standing_of(experiment: Experiment) -> str:

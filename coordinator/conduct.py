@@ -72,9 +72,11 @@ def aside(conducts: Conducts, round_number: int) -> Mapping[str, str]:
 def summary(conducts: Conducts, round_count: int) -> str:
     """Who was missing in rounds that counted, for the end of an experiment; empty if nobody was."""
     missing = [
-        f"{conduct.silo_id} in {conduct.missed} (last: {conduct.absence})" for conduct in conducts if conduct.missed
+        f"{conduct.silo_id} in {conduct.missed} of {round_count} (last: {conduct.absence})"
+        for conduct in conducts
+        if conduct.missed
     ]
-    return f"of {round_count} rounds, some were without {'; '.join(missing)}" if missing else ""
+    return f"missing in training rounds: {'; '.join(missing)}" if missing else ""
 
 
 def _can_do_without(rules: RoundsSpec) -> bool:

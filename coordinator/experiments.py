@@ -197,6 +197,8 @@ def _begin_stage(experiment: Experiment, population: Population, now: float) -> 
     there = Population(population.known, population.available | kept | again)  # a retry waits for nobody to connect
     overdue = now >= experiment.stage_time + spec.rounds.time_limit
     aside = {name: why for name, why in conduct.aside(experiment.conducts, stage.number).items() if name not in kept}
+    if stage.kind is TaskKind.INITIALIZE:
+        aside = dict.fromkeys(stage.failed, "failed to initialize")
     match select(spec.rounds, there, Occasion(stage.kind, (spec.seed, stage.number, stage.attempt), overdue, aside)):
         case Waiting(message):
             return replace(experiment, message=message), ()

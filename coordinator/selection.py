@@ -52,7 +52,7 @@ def select(rounds: RoundsSpec, population: Population, occasion: Occasion) -> Se
     Without `min_results` every silo that may take part is needed, so the round waits for all of them. An evaluation
     begins as a training round does, but once it has been `overdue` with whoever is there, and it asks everyone who is:
     it needs one result only, whoever is absent is recorded, and the experiment goes on. Silos that are set aside are
-    not asked to train if enough others are there.
+    not asked for anything else if enough others are there.
     """
     kind = occasion.kind
     wanted: Set[str] = frozenset(rounds.silos) or population.known
@@ -72,7 +72,7 @@ def select(rounds: RoundsSpec, population: Population, occasion: Occasion) -> Se
         waiting = f"waiting for silos: {len(available)} of {needed} needed are connected{names}"
         return Waiting(waiting + (advice if missing and not rounds.silos else ""))
     absent = dict.fromkeys(missing, "not connected")
-    if kind is TaskKind.TRAIN:
+    if kind is not TaskKind.EVALUATE:
         others = [name for name in available if name not in occasion.aside]
         if len(others) >= needed:
             absent |= {name: occasion.aside[name] for name in available if name in occasion.aside}

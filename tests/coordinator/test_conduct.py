@@ -96,6 +96,6 @@ def test_the_end_names_who_was_missing_in_rounds_that_counted():
         closed(2, a=None, b=LATE, absent=(("c", "not connected"),)),
     )
     assert summary(conducts, 2) == (
-        f"of 2 rounds, some were without b in 1 (last: {LATE}); c in 2 (last: not connected)"
+        f"missing in training rounds: b in 1 of 2 (last: {LATE}); c in 2 of 2 (last: not connected)"
     )
     assert summary((Conduct("a", failures=1),), 2) == ""

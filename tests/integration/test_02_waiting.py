@@ -2,7 +2,7 @@
 
 import asyncio
 
-from coordinator.selection import Population, Selection, select
+from coordinator.selection import Occasion, Population, Selection, select
 from fedrt.task import TaskKind
 from fedrt.v1 import admin_service_pb2 as pb
 from tests.fakes.federation import Federation, make_spec
@@ -67,7 +67,7 @@ async def test_04_max_silos_draws_as_many_from_the_seed(federation: Federation) 
     everyone = Population(frozenset(federation.silos), frozenset(federation.silos))
     for closed_round in rounds:
         kind = TaskKind.EVALUATE if closed_round.task_kind == EVALUATE else TaskKind.TRAIN
-        drawn = select(spec.rounds, everyone, kind, (spec.seed, closed_round.round_number, 0))
+        drawn = select(spec.rounds, everyone, Occasion(kind, (spec.seed, closed_round.round_number, 0)))
         assert isinstance(drawn, Selection)
         assert contributors(closed_round) == list(drawn.asked)
         assert len(drawn.asked) == (2 if kind is TaskKind.TRAIN else len(federation.silos))  # all evaluate

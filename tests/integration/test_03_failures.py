@@ -331,7 +331,7 @@ async def test_10_a_result_after_the_deadline_is_late_and_the_silo_drops_it(fede
         await until(lambda: not spooled(federation, "south"))
         experiment, _ = await federation.finish("punctual")
     assert contributors(first) == ["north"]
-    assert absences(first) == {"south": "no result within the time limit"}
+    assert absences(first) == {"south": "no result within the time limit; not connected"}
     assert experiment.state == State.STATE_SUCCEEDED
     assert verdicts(logs, "punctual/1/train/south") == ["late"]
     assert private_state(federation, "south", "punctual") == 0

@@ -177,7 +177,7 @@ async def test_02_one_byte_more_than_announced_ends_the_session_and_nothing_else
     assert "at most 32768" in details
     first = (await Watch(federation).until(closed(1))).round_closed
     assert contributors(first) == ["north"]
-    assert absences(first) == {"south": "no result within the time limit"}
+    assert absences(first) == {"south": "no result within the time limit; not connected"}
     assert hashlib.sha256(data).hexdigest() not in stored_digests(federation)
     assert (await federation.finish("attacked"))[0].state == State.STATE_SUCCEEDED
 

@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from coordinator.selection import Population, Selection, select
+from coordinator.selection import Occasion, Population, Selection, select
 from fedrt.aggregation import ServerState, Update
 from fedrt.errors import FailureReason, WorkError
 from fedrt.methods.promptfl import PromptFL
@@ -286,7 +286,7 @@ async def test_15_an_initial_task_that_one_silo_refuses_goes_to_another_at_the_n
     worded = '{"context_length": 2, "context_init": "a photo"}'
     spec = make_spec(1, federation.silos, hyperparameters=worded, min_results=2, retries=5)
     everyone = Population(frozenset(federation.silos), frozenset(federation.silos))
-    drawn = select(spec.rounds, everyone, TaskKind.INITIALIZE, (spec.seed, 0, 0))
+    drawn = select(spec.rounds, everyone, Occasion(TaskKind.INITIALIZE, (spec.seed, 0, 0)))
     assert isinstance(drawn, Selection)
     federation.start_coordinator()
     for name in federation.silos:
@@ -295,7 +295,9 @@ async def test_15_an_initial_task_that_one_silo_refuses_goes_to_another_at_the_n
         await Watch(federation).until(connected(name))
     await federation.create("willing-others", spec)
     experiment, _ = await federation.finish("willing-others")
-    assert experiment.status_message == ""
+    assert experiment.status_message.startswith(
+        f"missing in training rounds: {drawn.asked[0]} in 1 of 1 (last: refused"
+    )
     assert experiment.state == State.STATE_SUCCEEDED
 
 

@@ -1,5 +1,7 @@
 """From stored results to the next shared tensors: what a server rule remembers survives the store bit for bit."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from coordinator.blobs import INLINE_BYTES
 from coordinator.combining import Inputs, combine, gather, initial_shared, packed
 from coordinator.records import Changes, Checkpoint, TaskRecord
 from coordinator.store import Store
-from fedrt.aggregation import ServerAdam, ServerMomentum, ServerState, Update, WeightedMean
+from fedrt.aggregation import ServerAdam, ServerMomentum, ServerState, TrimmedMean, Update, WeightedMean
 from fedrt.errors import DamageError, TensorError
 from fedrt.method import hyperparameters_json
 from fedrt.methods.promptfl import PromptFL
@@ -135,3 +137,28 @@ def test_a_result_without_tensors_is_damage(tmp_path):
     with pytest.raises(DamageError, match="'e1/1/train/north' has no tensors; restore"):
         gather(store.blob, [task], None)
     store.close()
+
+
+@pytest.mark.parametrize("rule", [WeightedMean(), TrimmedMean(share=0.1), ServerAdam()], ids=lambda rule: rule.rule)
+def test_memory_does_not_grow_with_the_silos(tmp_path, rule):
+    """Of 100 updates of half a MiB, a rule looks at one at a time."""
+    spec = spec_of(rule, length=16_384)
+    store, tasks = Store(tmp_path / "state"), []
+    shared = initial_shared(spec)
+    size = shared.ref.byte_count
+    for number in range(100):
+        part = packed({"context": np.full((16_384, 8), number, np.float32)})
+        store.commit(Changes(blobs={part.ref.sha256: part.data}))
+        tasks.append(
+            TaskRecord(f"{number}", "e1", f"{number}", 1, TaskKind.TRAIN, 0, example_count=1, tensors=part.ref)
+        )
+    checkpoint = Checkpoint("e1", 0, shared.ref)
+    store.commit(Changes(checkpoints=[checkpoint], blobs={shared.ref.sha256: shared.data}))
+    del part
+    tracemalloc.start()
+    combine(spec, TaskKind.TRAIN, gather(store.blob, tasks, checkpoint))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    store.close()
+    assert size == 512 * 1024
+    assert peak < 30 * size

@@ -69,6 +69,14 @@ def move_durably(source: Path, target: Path) -> None:
         raise storage_error("write", target, error) from error
 
 
+def sync_directory(path: Path) -> None:
+    """Make what was linked, renamed or removed in a directory durable, all of it at once; raises StorageError."""
+    try:
+        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise storage_error("write", path, error) from error
+
+
 def ensure_private_directory(path: Path) -> None:
     """Make `path` a directory that only we can enter (0700), missing parents too; an existing one is checked only.
 

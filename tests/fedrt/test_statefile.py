@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from fedrt.errors import StorageError
-from fedrt.statefile import ensure_private_directory, write_atomic
+from fedrt.statefile import ensure_private_directory, sync_directory, write_atomic
 
 
 def mode_of(path):
@@ -109,3 +109,12 @@ def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match=r"cannot create directory '.*/file'"):
         ensure_private_directory(tmp_path / "file")
+
+
+def test_a_directory_is_synchronised_or_the_reason_is_said(tmp_path, monkeypatch):
+    synchronised = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synchronised.append(os.fstat(descriptor).st_ino))
+    sync_directory(tmp_path)
+    assert synchronised == [tmp_path.stat().st_ino]
+    with pytest.raises(StorageError, match="no such file or directory"):
+        sync_directory(tmp_path / "absent")

@@ -31,6 +31,11 @@ def blob_size(blob: Blob) -> int:
     return blob.byte_count if isinstance(blob, Landed) else len(blob)
 
 
+def lies_in_file(byte_count: int) -> bool:
+    """Whether a blob of this size is a file `blobs/<digest>` and not in the database."""
+    return byte_count > INLINE_BYTES
+
+
 metadata = sa.MetaData()
 blobs_table = sa.Table(
     "blobs",
@@ -48,9 +53,11 @@ _SELECT = sa.select(blobs_table).where(blobs_table.c.sha256 == sa.bindparam("dig
 class Blobs:
     """Content-addressed bytes. Used by the store's thread only."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, read_only: bool = False) -> None:
         self._directory = directory
         self._intact: set[str] = set()  # large blobs that this process has written or checked
+        if read_only:
+            return
         ensure_private_directory(directory)
         remove_unfinished(directory)
 
@@ -58,7 +65,7 @@ class Blobs:
         """Make the large blobs durable before the transaction that names them. Raises `StorageError`."""
         for digest, blob in blobs.items():
             path = self._path(digest)
-            if blob_size(blob) <= INLINE_BYTES:
+            if not lies_in_file(blob_size(blob)):
                 continue
             if path.exists():
                 if isinstance(blob, Landed):

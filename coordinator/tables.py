@@ -1,0 +1,114 @@
+"""The tables of the coordinator's database, and the rows that `Changes` become in them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+
+from coordinator.blobs import metadata
+from coordinator.documents import CHECKPOINT, EXPERIMENT, SILO, TASK, dump, dump_event
+from coordinator.records import Changes
+
+experiments = sa.Table(
+    "experiments",
+    metadata,
+    sa.Column("experiment_id", sa.String(63), primary_key=True),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("create_time", sa.Float, nullable=False, index=True),
+    sa.Column("document", sa.Text, nullable=False),
+)
+tasks = sa.Table(
+    "tasks",
+    metadata,
+    sa.Column("task_id", sa.String(200), primary_key=True),
+    sa.Column("experiment_id", sa.String(63), nullable=False),
+    sa.Column("round_number", sa.Integer, nullable=False),
+    sa.Column("document", sa.Text, nullable=False),
+    sa.Index("tasks_by_round", "experiment_id", "round_number"),
+)
+checkpoints = sa.Table(
+    "checkpoints",
+    metadata,
+    sa.Column("experiment_id", sa.String(63), primary_key=True),
+    sa.Column("round_number", sa.Integer, primary_key=True),
+    sa.Column("document", sa.Text, nullable=False),
+)
+silos = sa.Table(
+    "silos",
+    metadata,
+    sa.Column("silo_id", sa.String(63), primary_key=True),
+    sa.Column("document", sa.Text, nullable=False),
+)
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("time", sa.Float, nullable=False),
+    sa.Column("experiment_id", sa.String(63), nullable=False, index=True),
+    sa.Column("document", sa.Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+
+def _upsert(table: sa.Table) -> sa.Insert:
+    statement = insert(table)
+    keys = [column.name for column in table.primary_key]
+    others = {column.name: statement.excluded[column.name] for column in table.columns if column.name not in keys}
+    return statement.on_conflict_do_update(index_elements=keys, set_=others)
+
+
+# Built once: building a statement costs more than executing it.
+UPSERT: dict[str, sa.Insert] = {table.name: _upsert(table) for table in (experiments, tasks, checkpoints, silos)} | {
+    events.name: insert(events)
+}
+
+
+def rows_of(changes: Changes, now: float) -> Iterator[tuple[sa.Table, list[dict[str, Any]]]]:
+    """The rows of each table; events happen `now`, in Unix seconds."""
+    yield (
+        experiments,
+        [
+            {
+                "experiment_id": experiment.experiment_id,
+                "state": experiment.state.value,
+                "create_time": experiment.create_time,
+                "document": dump(EXPERIMENT, experiment),
+            }
+            for experiment in changes.experiments.values()
+        ],
+    )
+    yield (
+        tasks,
+        [
+            {
+                "task_id": task.task_id,
+                "experiment_id": task.experiment_id,
+                "round_number": task.round_number,
+                "document": dump(TASK, task),
+            }
+            for task in changes.tasks.values()
+        ],
+    )
+    yield (
+        checkpoints,
+        [
+            {
+                "experiment_id": checkpoint.experiment_id,
+                "round_number": checkpoint.round_number,
+                "document": dump(CHECKPOINT, checkpoint),
+            }
+            for checkpoint in changes.checkpoints
+        ],
+    )
+    yield (
+        silos,
+        [{"silo_id": silo.silo_id, "document": dump(SILO, silo)} for silo in changes.silos.values()],
+    )
+    yield (
+        events,
+        [
+            {"time": now, "experiment_id": getattr(event, "experiment_id", ""), "document": dump_event(event)}
+            for event in changes.events
+        ],
+    )

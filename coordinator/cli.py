@@ -1,4 +1,4 @@
-"""`fedrt-coordinator`: run the daemon, check its configuration, print the schema of its file."""
+"""`fedrt-coordinator`: run the daemon, check its configuration, print the schema of its file, look after its store."""
 
 import json
 import sys
@@ -10,15 +10,19 @@ from typing import Annotated
 import typer
 
 import fedrt
+from coordinator import store_cli
 from coordinator.config import CoordinatorConfig, load_coordinator_config
 from fedrt.certificates import Expectation
+from fedrt.command_line import Commands
 from fedrt.config import effective_yaml, json_schema
 from fedrt.daemon import Lifecycle, prepare_grpc, report, run_daemon
 from fedrt.errors import FedrtError
 from fedrt.identity import Role
 from fedrt.log import reload_level
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="The coordinator of a fedrt federation.")
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, help="The coordinator of a fedrt federation."
+)
 Config = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's YAML file.")]
 
 
@@ -64,6 +68,10 @@ def schema() -> None:
 def version() -> None:
     """Print the version."""
     typer.echo(fedrt.__version__)
+
+
+app.command()(store_cli.backup)
+app.command()(store_cli.restore)
 
 
 def main() -> None:

@@ -72,6 +72,7 @@ def version() -> None:
 
 app.command()(store_cli.backup)
 app.command()(store_cli.restore)
+app.command()(store_cli.replay)
 
 
 def main() -> None:

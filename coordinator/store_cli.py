@@ -1,5 +1,6 @@
 """The commands of `fedrt-coordinator` that look after a store: back it up, restore it, compute its rounds again."""
 
+import json
 import os
 import shlex
 from datetime import UTC, datetime
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from coordinator.config import load_coordinator_config
+from fedrt.errors import ConfigurationError, ExitCode
 
 Config = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's YAML file.")]
 
@@ -47,6 +49,42 @@ def restore(config: Config, source: Annotated[Path, typer.Argument(help="A direc
         "what came later, and with the same contributors it is the same bits. Experiments created later are not known, "
         "and what was cancelled later runs again. Keys and certificates are not part of a backup."
     )
+
+
+def replay(
+    experiment: Annotated[str, typer.Argument(help="The experiment's name.")],
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="The coordinator's YAML file.")] = None,
+    backup: Annotated[Path | None, typer.Option(help="Read this backup instead of the coordinator's store.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Compute every aggregate again from the stored updates and compare digests; a coordinator may be running.
+
+    Ends with 0 if all agree and with 1 if one does not, or can no longer be computed.
+    """
+    from coordinator import replay_view as view  # noqa: PLC0415  # needs a database
+    from coordinator.replay import find_experiment  # noqa: PLC0415
+    from coordinator.replay import replay as computed_again  # noqa: PLC0415
+    from coordinator.store import Store  # noqa: PLC0415
+
+    store = Store(_store_directory(config, backup), read_only=True)
+    try:
+        found, rounds = find_experiment(store, experiment), []
+        for replayed in computed_again(store, found):
+            rounds.append(replayed)
+            if not as_json:
+                typer.echo(view.line(replayed))
+    finally:
+        store.close()
+    typer.echo(json.dumps(view.document(found, rounds), indent=2) if as_json else view.summary(found, rounds))
+    raise typer.Exit(ExitCode.DONE if view.all_agree(rounds) else ExitCode.INTERNAL)
+
+
+def _store_directory(config: Path | None, backup: Path | None) -> Path:
+    if backup is not None:
+        return backup.absolute()
+    if config is None:
+        raise ConfigurationError("nothing says which store to read; give --config or --backup")
+    return load_coordinator_config(config).state_directory
 
 
 def _size(byte_count: int) -> str:

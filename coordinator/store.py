@@ -12,15 +12,14 @@ from typing import Any
 import sqlalchemy as sa
 
 from coordinator import tables
-from coordinator.blobs import Blobs, blobs_table, metadata
+from coordinator.blobs import Blobs, blobs_table
 from coordinator.database import Guard, connect
 from coordinator.documents import CHECKPOINT, EXPERIMENT, SILO, TASK, load, load_event
 from coordinator.experiments import Experiment, ExperimentState
 from coordinator.records import Changes, Checkpoint, NumberedEvent, SiloRecord, TaskRecord, TensorsRef
+from coordinator.schema import check_current, make_current
 from fedrt.errors import DamageError, StorageError
 from fedrt.statefile import ensure_private_directory
-
-SCHEMA_VERSION = 2  # 1 kept an experiment's seed elsewhere
 
 
 class Store:
@@ -42,37 +41,12 @@ class Store:
         self._blobs = Blobs(directory / "blobs", read_only)
         self._engine = connect(path, read_only)
         with Guard("open", path):
-            if read_only:
-                self._check_current(path)
-            else:
+            if not read_only:
                 path.touch(mode=0o600)
-                self._make_current(path)
-
-    def _check_current(self, path: Path) -> None:
-        with self._engine.connect() as connection:
-            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-        if version != SCHEMA_VERSION:
-            raise StorageError(
-                f"store '{path}' has schema {version}, and this fedrt reads {SCHEMA_VERSION}; use the version of fedrt "
-                "that the coordinator runs, and start the coordinator once after an upgrade"
-            )
-
-    def _make_current(self, path: Path) -> None:
-        with self._engine.begin() as connection:
-            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-            if version > SCHEMA_VERSION:
-                raise StorageError(
-                    f"store '{path}' was written by a newer fedrt (schema {version}, this one knows "
-                    f"{SCHEMA_VERSION}); install the newer version"
-                )
-            if 0 < version < SCHEMA_VERSION:
-                raise StorageError(
-                    f"store '{path}' was written by a development version of fedrt (schema {version}, this one "
-                    f"knows {SCHEMA_VERSION}); keep that version for its experiments, or start with an empty "
-                    "state directory"
-                )
-            metadata.create_all(connection)
-            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                make_current(self._engine, path)
+                return
+            with self._engine.connect() as connection:
+                check_current(connection, path)
 
     def close(self) -> None:
         """Release the file."""
@@ -95,47 +69,47 @@ class Store:
         """Those that have not ended, oldest first."""
         ended = [state.value for state in ExperimentState if state.has_ended]
         query = sa.select(tables.experiments.c.document).where(tables.experiments.c.state.not_in(ended))
-        rows = self._all(query.order_by(tables.experiments.c.create_time))
+        rows = self.rows(query.order_by(tables.experiments.c.create_time))
         return [load(EXPERIMENT, row.document) for row in rows]
 
     def experiment(self, experiment_id: str) -> Experiment | None:
         """One experiment, or None."""
         query = sa.select(tables.experiments.c.document).where(tables.experiments.c.experiment_id == experiment_id)
-        rows = self._all(query)
+        rows = self.rows(query)
         return load(EXPERIMENT, rows[0].document) if rows else None
 
     def experiments(self, limit: int, offset: int) -> list[Experiment]:
         """A page of experiments, newest first."""
         order = (tables.experiments.c.create_time.desc(), tables.experiments.c.experiment_id)
         query = sa.select(tables.experiments.c.document).order_by(*order).limit(limit).offset(offset)
-        return [load(EXPERIMENT, row.document) for row in self._all(query)]
+        return [load(EXPERIMENT, row.document) for row in self.rows(query)]
 
     def task(self, task_id: str) -> TaskRecord | None:
         """One task, or None if it was never offered."""
-        rows = self._all(sa.select(tables.tasks.c.document).where(tables.tasks.c.task_id == task_id))
+        rows = self.rows(sa.select(tables.tasks.c.document).where(tables.tasks.c.task_id == task_id))
         return load(TASK, rows[0].document) if rows else None
 
     def round_tasks(self, experiment_id: str, round_number: int) -> list[TaskRecord]:
         """The tasks of a round, all kinds and attempts."""
         place = (tables.tasks.c.experiment_id == experiment_id) & (tables.tasks.c.round_number == round_number)
-        return [load(TASK, row.document) for row in self._all(sa.select(tables.tasks.c.document).where(place))]
+        return [load(TASK, row.document) for row in self.rows(sa.select(tables.tasks.c.document).where(place))]
 
     def checkpoint(self, experiment_id: str) -> Checkpoint | None:
         """What an experiment has learned so far, or None before its initial tensors exist."""
         query = sa.select(tables.checkpoints.c.document).where(tables.checkpoints.c.experiment_id == experiment_id)
-        rows = self._all(query.order_by(tables.checkpoints.c.round_number.desc()).limit(1))
+        rows = self.rows(query.order_by(tables.checkpoints.c.round_number.desc()).limit(1))
         return load(CHECKPOINT, rows[0].document) if rows else None
 
     def tasks(self, experiment_id: str) -> list[TaskRecord]:
         """All tasks of an experiment, by round and name; the tensors of one may have been forgotten since."""
         query = sa.select(tables.tasks.c.document).where(tables.tasks.c.experiment_id == experiment_id)
-        rows = self._all(query.order_by(tables.tasks.c.round_number, tables.tasks.c.task_id))
+        rows = self.rows(query.order_by(tables.tasks.c.round_number, tables.tasks.c.task_id))
         return [load(TASK, row.document) for row in rows]
 
     def checkpoints(self, experiment_id: str) -> list[Checkpoint]:
         """All checkpoints of an experiment, by round."""
         query = sa.select(tables.checkpoints.c.document).where(tables.checkpoints.c.experiment_id == experiment_id)
-        rows = self._all(query.order_by(tables.checkpoints.c.round_number))
+        rows = self.rows(query.order_by(tables.checkpoints.c.round_number))
         return [load(CHECKPOINT, row.document) for row in rows]
 
     def referenced_blobs(self) -> dict[str, int]:
@@ -143,23 +117,24 @@ class Store:
 
         `coordinator.blobs.lies_in_file` says which are files. Raises `DamageError` if the store lacks one.
         """
-        digests = set()
-        for row in self._all(sa.select(tables.tasks.c.document)):
-            task = load(TASK, row.document)
-            digests |= {task.tensors.sha256} if task.tensors else set()
-        for row in self._all(sa.select(tables.checkpoints.c.document)):
-            checkpoint = load(CHECKPOINT, row.document)
-            digests |= {ref.sha256 for ref in (checkpoint.shared, checkpoint.memory) if ref}
-        sizes = {
-            row.sha256: row.byte_count for row in self._all(sa.select(blobs_table.c.sha256, blobs_table.c.byte_count))
-        }
-        if missing := sorted(digests - sizes.keys()):
+        join = tables.needed_blobs.outerjoin(blobs_table, blobs_table.c.sha256 == tables.needed_blobs.c.sha256)
+        columns = (tables.needed_blobs.c.sha256, blobs_table.c.byte_count)
+        rows = self.rows(sa.select(*columns).select_from(join).order_by(tables.needed_blobs.c.sha256))
+        if missing := [row.sha256 for row in rows if row.byte_count is None]:
             raise DamageError(f"blob {missing[0]} is missing from the store; restore the state directory from a backup")
-        return {digest: sizes[digest] for digest in sorted(digests)}
+        return {row.sha256: row.byte_count for row in rows}
+
+    def forgotten_tasks(self, experiment_id: str) -> frozenset[str]:
+        """The tasks of an experiment whose tensors `retention` has let go; their records still name the digests."""
+        had_tensors = sa.func.json_extract(tables.tasks.c.document, "$.tensors").is_not(None)
+        forgotten = (tables.tasks.c.experiment_id == experiment_id) & tables.tasks.c.tensors_sha256.is_(None)
+        return frozenset(
+            row.task_id for row in self.rows(sa.select(tables.tasks.c.task_id).where(forgotten, had_tensors))
+        )
 
     def silos(self) -> list[SiloRecord]:
         """Every silo ever met, by name."""
-        rows = self._all(sa.select(tables.silos.c.document).order_by(tables.silos.c.silo_id))
+        rows = self.rows(sa.select(tables.silos.c.document).order_by(tables.silos.c.silo_id))
         return [load(SILO, row.document) for row in rows]
 
     def events(self, after: int, experiment_id: str, limit: int) -> list[NumberedEvent]:
@@ -167,7 +142,7 @@ class Store:
         query = sa.select(tables.events).where(tables.events.c.number > after)
         if experiment_id:
             query = query.where(tables.events.c.experiment_id == experiment_id)
-        rows = self._all(query.order_by(tables.events.c.number).limit(limit))
+        rows = self.rows(query.order_by(tables.events.c.number).limit(limit))
         return [NumberedEvent(row.number, row.time, load_event(row.document)) for row in rows]
 
     def blob(self, ref: TensorsRef) -> memoryview:
@@ -175,6 +150,7 @@ class Store:
         with Guard("read"), self._engine.connect() as connection:
             return self._blobs.get(connection, ref.sha256)
 
-    def _all(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+    def rows(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+        """What a query of `coordinator.tables` finds. Raises `StorageError`."""
         with Guard("read"), self._engine.connect() as connection:
             return connection.execute(query).all()

@@ -1,4 +1,7 @@
-"""The tables of the coordinator's database, and the rows that `Changes` become in them."""
+"""The tables of the coordinator's database, and the rows that `Changes` become in them.
+
+`coordinator.migrations` makes the tables; a test compares. A change of a table is a new revision there.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +20,7 @@ experiments = sa.Table(
     sa.Column("state", sa.String(16), nullable=False, index=True),
     sa.Column("create_time", sa.Float, nullable=False, index=True),
     sa.Column("document", sa.Text, nullable=False),
+    sa.Column("end_time", sa.Float),
 )
 tasks = sa.Table(
     "tasks",
@@ -25,6 +29,7 @@ tasks = sa.Table(
     sa.Column("experiment_id", sa.String(63), nullable=False),
     sa.Column("round_number", sa.Integer, nullable=False),
     sa.Column("document", sa.Text, nullable=False),
+    sa.Column("tensors_sha256", sa.String(64), index=True),  # none also once they have been forgotten
     sa.Index("tasks_by_round", "experiment_id", "round_number"),
 )
 checkpoints = sa.Table(
@@ -33,6 +38,8 @@ checkpoints = sa.Table(
     sa.Column("experiment_id", sa.String(63), primary_key=True),
     sa.Column("round_number", sa.Integer, primary_key=True),
     sa.Column("document", sa.Text, nullable=False),
+    sa.Column("shared_sha256", sa.String(64), index=True),
+    sa.Column("memory_sha256", sa.String(64), index=True),
 )
 silos = sa.Table(
     "silos",
@@ -49,6 +56,13 @@ events = sa.Table(
     sa.Column("document", sa.Text, nullable=False),
     sqlite_autoincrement=True,
 )
+
+needed_blobs = sa.union(
+    sa.select(tasks.c.tensors_sha256.label("sha256")).where(tasks.c.tensors_sha256.is_not(None)),
+    sa.select(checkpoints.c.shared_sha256),
+    sa.select(checkpoints.c.memory_sha256).where(checkpoints.c.memory_sha256.is_not(None)),
+).subquery("needed_blobs")
+"""The digests of all blobs that a task or a checkpoint needs, each once."""
 
 
 def _upsert(table: sa.Table) -> sa.Insert:
@@ -74,6 +88,7 @@ def rows_of(changes: Changes, now: float) -> Iterator[tuple[sa.Table, list[dict[
                 "state": experiment.state.value,
                 "create_time": experiment.create_time,
                 "document": dump(EXPERIMENT, experiment),
+                "end_time": experiment.end_time,
             }
             for experiment in changes.experiments.values()
         ],
@@ -86,6 +101,7 @@ def rows_of(changes: Changes, now: float) -> Iterator[tuple[sa.Table, list[dict[
                 "experiment_id": task.experiment_id,
                 "round_number": task.round_number,
                 "document": dump(TASK, task),
+                "tensors_sha256": task.tensors.sha256 if task.tensors else None,
             }
             for task in changes.tasks.values()
         ],
@@ -97,6 +113,8 @@ def rows_of(changes: Changes, now: float) -> Iterator[tuple[sa.Table, list[dict[
                 "experiment_id": checkpoint.experiment_id,
                 "round_number": checkpoint.round_number,
                 "document": dump(CHECKPOINT, checkpoint),
+                "shared_sha256": checkpoint.shared.sha256,
+                "memory_sha256": checkpoint.memory.sha256 if checkpoint.memory else None,
             }
             for checkpoint in changes.checkpoints
         ],

@@ -1,12 +1,10 @@
 """A store that is opened to be read, beside a coordinator that writes: all is there, and nothing is touched."""
 
-import sqlite3
-
 import pytest
 
 from coordinator.blobs import INLINE_BYTES, lies_in_file
 from coordinator.records import Changes, Checkpoint, TaskRecord
-from coordinator.store import SCHEMA_VERSION, Store
+from coordinator.store import Store
 from fedrt.errors import DamageError, StorageError
 from fedrt.task import TaskKind, Verdict
 from tests.coordinator.test_store import NORTH, TASK, committed, event, experiment, tensors
@@ -132,19 +130,6 @@ def test_without_a_store_it_is_an_error_and_nothing_is_made(tmp_path, there):
     with pytest.raises(StorageError, match=r"there is no store at '.*coordinator\.db'; check state_directory"):
         Store(directory, read_only=True)
     assert list(tmp_path.rglob("*")) == ([directory] if there else [])
-
-
-@pytest.mark.parametrize("version", [0, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
-def test_another_schema_is_refused_and_left_alone(writer, directory, version):
-    writer.close()
-    with sqlite3.connect(directory / "coordinator.db") as connection:
-        connection.execute(f"PRAGMA user_version = {version}")
-    connection.close()
-    with pytest.raises(StorageError, match=rf"has schema {version}, and this fedrt reads {SCHEMA_VERSION}; use"):
-        Store(directory, read_only=True)
-    with sqlite3.connect(directory / "coordinator.db") as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (version,)
-    connection.close()
 
 
 def test_a_file_that_is_no_database_is_a_storage_error(tmp_path):

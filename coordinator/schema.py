@@ -21,7 +21,7 @@ def make_current(engine: sa.Engine, path: Path) -> None:
     Raises `StorageError` if it was written by another fedrt than this one can follow, or if the disk refuses.
     """
     with engine.connect() as connection:
-        revision = _revision(connection, path)
+        revision = revision_of(connection, path)
     if revision == HEAD:
         return
     from coordinator.migrations.upgrading import upgrade  # noqa: PLC0415  # a start with a current schema is quicker
@@ -47,7 +47,7 @@ def make_current(engine: sa.Engine, path: Path) -> None:
 
 def check_current(connection: sa.Connection, path: Path) -> None:
     """Raise `StorageError` unless the database has the newest schema."""
-    revision = _revision(connection, path)
+    revision = revision_of(connection, path)
     if revision != HEAD:
         raise StorageError(
             f"store '{path}' has schema {revision or 'none'}, and this fedrt reads {HEAD}; start the coordinator once, "
@@ -55,8 +55,11 @@ def check_current(connection: sa.Connection, path: Path) -> None:
         )
 
 
-def _revision(connection: sa.Connection, path: Path) -> str | None:
-    """The revision of a database, or None before its first."""
+def revision_of(connection: sa.Connection, path: Path) -> str | None:
+    """The revision of a database, or None before its first.
+
+    Raises `StorageError` if it was written by another fedrt than this one can follow.
+    """
     version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
     stamped = connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").first()
     if not version:

@@ -23,11 +23,15 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
 
+import sqlalchemy as sa
 from pydantic import TypeAdapter, ValidationError
 
 import fedrt
+from coordinator.blobs import blobs_table
+from coordinator.database import Guard, connect
+from coordinator.schema import revision_of
 from coordinator.unfinished import remove_leftovers, unfinished_directory
-from fedrt.errors import ConfigurationError, DamageError, StorageError
+from fedrt.errors import ConfigurationError, DamageError
 from fedrt.statefile import ensure_private_directory, storage_error, sync_directory, write_atomic, write_atomic_by
 
 MANIFEST, DATABASE, BLOBS = "manifest.json", "coordinator.db", "blobs"
@@ -55,7 +59,7 @@ class BackupManifest:
 
     format: int
     fedrt_version: str
-    schema_version: int
+    schema_revision: str
     create_time: datetime
     database: Piece
     blobs: tuple[Piece, ...]
@@ -90,12 +94,12 @@ def back_up(state_directory: Path, destination: Path, now: datetime) -> Backup:
     earlier = _newest_backup(destination.parent)
     with _collection_waits(state_directory), unfinished_directory(destination) as unfinished:
         write_atomic_by(unfinished / DATABASE, lambda path: _copy_database(state_directory / DATABASE, path))
-        schema_version, blobs = _contents(unfinished / DATABASE)
+        schema_revision, blobs = _contents(unfinished / DATABASE)
         copied = _Blobs(state_directory / BLOBS, earlier and earlier / BLOBS, unfinished / BLOBS)
         linked_bytes = sum(blob.byte_count for blob in blobs if copied.place(blob))
         sync_directory(unfinished / BLOBS)
         database = _piece_of(unfinished / DATABASE)
-        manifest = BackupManifest(FORMAT, fedrt.__version__, schema_version, now, database, blobs)
+        manifest = BackupManifest(FORMAT, fedrt.__version__, schema_revision, now, database, blobs)
         write_atomic(unfinished / MANIFEST, _MANIFEST.dump_json(manifest, indent=1))
     return Backup(destination, manifest, linked_bytes)
 
@@ -122,7 +126,7 @@ def verify(source: Path, manifest: BackupManifest) -> None:
     for path, piece in pieces:
         if _piece_of(path) != piece:
             raise DamageError(f"'{path}' is damaged: its digest is not that of the manifest; use another backup")
-    if _contents(source / DATABASE) != (manifest.schema_version, manifest.blobs):
+    if _contents(source / DATABASE) != (manifest.schema_revision, manifest.blobs):
         raise DamageError(f"'{source / MANIFEST}' is damaged: it does not fit the database; use another backup")
 
 
@@ -195,27 +199,30 @@ def _newest_backup(parent: Path) -> Path | None:
 
 def _copy_database(source: Path, target: Path) -> None:
     """One snapshot, in one step: whoever writes meanwhile neither waits nor makes it begin again."""
-    try:
-        with (
-            contextlib.closing(sqlite3.connect(f"file:{quote(str(source))}?mode=ro", uri=True)) as reading,
-            contextlib.closing(sqlite3.connect(target)) as writing,
-        ):
-            reading.backup(writing)
-            writing.execute("PRAGMA journal_mode = DELETE")  # so that the one file is all, also when it is read
-    except sqlite3.Error as error:
-        raise StorageError(f"cannot copy '{source}': {error}; check free space, file modes and the disk") from error
+    with (
+        Guard("copy", source),
+        contextlib.closing(sqlite3.connect(f"file:{quote(str(source))}?mode=ro", uri=True)) as reading,
+        contextlib.closing(sqlite3.connect(target)) as writing,
+    ):
+        reading.backup(writing)
+        writing.execute("PRAGMA journal_mode = DELETE")  # so that the one file is all, also when it is read
 
 
-def _contents(database: Path) -> tuple[int, tuple[Piece, ...]]:
+def _contents(database: Path) -> tuple[str, tuple[Piece, ...]]:
     """The schema of a copied database, and the large blobs it names."""
-    uri = f"file:{quote(str(database))}?mode=ro&immutable=1"  # nothing is written beside it
+    engine = connect(database, read_only=True)
     try:
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            rows = connection.execute("SELECT sha256, byte_count FROM blobs WHERE data IS NULL ORDER BY sha256")
-            return version, tuple(Piece(*row) for row in rows)
-    except (sqlite3.Error, ValueError) as error:
-        raise DamageError(f"'{database}' is damaged or no coordinator's store: {error}") from error
+        with Guard("read", database), engine.connect() as connection:
+            revision = revision_of(connection, database)
+            if revision is None:
+                raise DamageError(f"'{database}' holds no coordinator's store")
+            query = sa.select(blobs_table.c.sha256, blobs_table.c.byte_count).where(blobs_table.c.data.is_(None))
+            rows = connection.execute(query.order_by(blobs_table.c.sha256)).all()
+            return revision, tuple(Piece(row.sha256, row.byte_count) for row in rows)
+    except ValueError as error:
+        raise DamageError(f"'{database}' is damaged: {error}") from error
+    finally:
+        engine.dispose()
 
 
 def _link(source: Path, target: Path) -> bool:

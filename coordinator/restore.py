@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fedrt
 from coordinator.backup import BLOBS, DATABASE, FORMAT, BackupManifest, copy_piece, load_manifest, verify
-from coordinator.store import SCHEMA_VERSION
+from coordinator.migrations import HEAD, REVISIONS
 from fedrt.errors import ConfigurationError
 from fedrt.locking import DirectoryLock
 from fedrt.statefile import ensure_private_directory, remove_unfinished
@@ -33,10 +33,10 @@ def restore(source: Path, state_directory: Path) -> BackupManifest:
 
 
 def _check_version(source: Path, manifest: BackupManifest) -> None:
-    if manifest.format > FORMAT or manifest.schema_version > SCHEMA_VERSION:
+    if manifest.format > FORMAT or manifest.schema_revision not in REVISIONS:
         raise ConfigurationError(
             f"backup '{source}' was written by a newer fedrt ({manifest.fedrt_version}, schema "
-            f"{manifest.schema_version}; this is {fedrt.__version__}, schema {SCHEMA_VERSION}); install that version"
+            f"{manifest.schema_revision}; this is {fedrt.__version__}, schema {HEAD}); install that version"
         )
 
 

@@ -24,14 +24,16 @@ from coordinator.backup import back_up, load_manifest
 from coordinator.blobs import INLINE_BYTES
 from coordinator.cli import app
 from coordinator.experiments import create
+from coordinator.migrations import HEAD, REVISIONS
 from coordinator.records import Changes, Checkpoint, ExperimentChanged, TaskRecord, TensorsRef
 from coordinator.restore import restore
-from coordinator.store import SCHEMA_VERSION, Store
+from coordinator.store import Store
 from coordinator.unfinished import unfinished_directory
 from fedrt.errors import ConfigurationError, DamageError, ExitCode, StorageError
 from fedrt.locking import DirectoryLock
 from fedrt.payload import headers_of, pack
 from fedrt.task import TaskKind, Verdict
+from tests.coordinator.old_stores import make_store
 from tests.samples import experiment_spec, sha256_hex
 
 ROOT = Path(__file__).parent.parent.parent
@@ -134,8 +136,8 @@ class TestBackup:
         digests = sorted(sha256_hex(tensors(LARGE, fill)[1]) for fill in (1, -1))
         assert files(parent / "one") == [*(f"blobs/{digest}" for digest in digests), "coordinator.db", "manifest.json"]
         assert load_manifest(parent / "one") == made.manifest
-        written = (made.manifest.fedrt_version, made.manifest.schema_version, made.manifest.create_time)
-        assert written == (fedrt.__version__, SCHEMA_VERSION, NOW)
+        written = (made.manifest.fedrt_version, made.manifest.schema_revision, made.manifest.create_time)
+        assert written == (fedrt.__version__, HEAD, NOW)
         assert [blob.sha256 for blob in made.manifest.blobs] == digests
         assert made.manifest.database.sha256 == sha256_hex((parent / "one" / "coordinator.db").read_bytes())
         assert made.linked_bytes == sum(blob.byte_count for blob in made.manifest.blobs) == 8 * LARGE
@@ -287,7 +289,7 @@ class TestBackup:
         state = tmp_path / "other"
         state.mkdir(mode=0o700)
         (state / "coordinator.db").write_bytes(b"something else" * 100)
-        with pytest.raises(StorageError, match=r"coordinator.db'"):
+        with pytest.raises(StorageError, match=r"other/coordinator.db: file is not a database"):
             back_up(state, parent / "one", NOW)
         assert os.listdir(parent) == []
 
@@ -347,7 +349,7 @@ class TestRestore:
         if change == "fewer":
             document["blobs"].pop()
         else:
-            document["schema_version"] -= 1
+            document["schema_revision"] = REVISIONS[0]
         (made / "manifest.json").write_text(json.dumps(document))
         with pytest.raises(DamageError, match=r"manifest.json' is damaged: it does not fit the database"):
             restore(made, tmp_path / "target")
@@ -360,14 +362,25 @@ class TestRestore:
         with pytest.raises(DamageError, match=r"manifest.json' is damaged"):
             restore(made, tmp_path / "target")
 
-    @pytest.mark.parametrize("key", ["schema_version", "format"])
-    def test_a_backup_of_a_newer_version_is_refused(self, made, tmp_path, key):
-        document = json.loads((made / "manifest.json").read_text())
-        document |= {key: document[key] + 1, "fedrt_version": "99.0"}
+    @pytest.mark.parametrize("newer", [{"schema_revision": "9999"}, {"format": 2}])
+    def test_a_backup_of_a_newer_version_is_refused(self, made, tmp_path, newer):
+        document = json.loads((made / "manifest.json").read_text()) | newer | {"fedrt_version": "99.0"}
         (made / "manifest.json").write_text(json.dumps(document))
         with pytest.raises(ConfigurationError, match=r"was written by a newer fedrt \(99.0.*install that version"):
             restore(made, tmp_path / "target")
         assert not (tmp_path / "target").exists()
+
+    @pytest.mark.parametrize("revision", REVISIONS[:-1])
+    def test_a_backup_of_an_older_schema_is_migrated_at_the_first_start(self, parent, tmp_path, revision):
+        blob = make_store(tmp_path / "old", revision)
+        made = back_up(tmp_path / "old", parent / "one", NOW)
+        assert made.manifest.schema_revision == revision
+        assert [piece.sha256 for piece in made.manifest.blobs] == [blob.name]
+        restore(parent / "one", tmp_path / "target")
+        for directory in (tmp_path / "old", tmp_path / "target"):
+            Store(directory).close()
+        assert knows(tmp_path / "target") == knows(tmp_path / "old")
+        assert knows(tmp_path / "target")[0]
 
     def test_something_else_is_no_backup(self, tmp_path):
         with pytest.raises(ConfigurationError, match=r"is no backup: it has no manifest.json; name a directory that"):

@@ -254,7 +254,9 @@ class Agent:
         task = accepted.task
         self._log.info("work begins", task=task.task_id, experiment=task.experiment_id, round=task.round_number)
         try:
-            private = await asyncio.to_thread(self._vault.load, task.experiment_id)
+            # an evaluation of a round follows its training; training begins from what was accepted before
+            before = task.round_number + (task.kind is TaskKind.EVALUATE)
+            private = await asyncio.to_thread(self._vault.load, task.experiment_id, before)
             order = WorkOrder(
                 task_id=task.task_id,
                 experiment_id=task.experiment_id,
@@ -334,7 +336,7 @@ class Agent:
     async def _promote(self, task_id: str) -> None:
         spooled = self._spooled[task_id]
         if spooled.private:
-            await self._until_durable(self._vault.promote, spooled.experiment_id, spooled.private)
+            await self._until_durable(self._vault.promote, spooled.experiment_id, spooled.round_number, spooled.private)
         await self._drop(task_id)
 
     async def _drop(self, task_id: str) -> None:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from fedrt.errors import StorageError
 from fedrt.payload import describe
-from fedrt.statefile import ensure_private_directory, remove_unfinished, storage_error, write_atomic_by
+from fedrt.statefile import ensure_private_directory, remove_durably, remove_unfinished, storage_error, write_atomic_by
 from fedrt.task import Failure, Outcome, Result, Success, TaskKind
 from fedrt.tensors import Tensors
 
@@ -79,12 +79,8 @@ class Spool:
         return [_read(path) for path in paths]
 
     def remove(self, task_id: str) -> None:
-        """Forget a result; nothing happens if there is none. Raises `StorageError`."""
-        path = self._path(task_id)
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise storage_error("remove", path, error) from error
+        """Forget a result durably; nothing happens if there is none. Raises `StorageError`."""
+        remove_durably(self._path(task_id))
 
     def size(self) -> tuple[int, int]:
         """How many results lie here, and their bytes."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -72,7 +73,7 @@ async def assert_undisturbed(federation: Federation, name: str, rounds: int = RO
 
 
 def private_state(federation: Federation, silo: str, experiment: str) -> float:
-    held = Vault(federation.directory / f"silo-{silo}" / "vault").load(experiment)
+    held = Vault(federation.directory / f"silo-{silo}" / "vault").load(experiment, sys.maxsize)
     return float(held["own"][0]) if held else 0.0
 
 

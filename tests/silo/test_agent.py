@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +114,7 @@ class Site:
         return sent
 
     def own(self, experiment_id: str = "e1") -> float:
-        found = self.vault.load(experiment_id)
+        found = self.vault.load(experiment_id, sys.maxsize)
         return float(found["own"][0]) if found else 0.0
 
 
@@ -162,7 +163,7 @@ async def test_private_tensors_advance_with_accepted_results_only(site: Site, ve
     await site.settled()
     assert site.own() == expected
     assert site.spool.load() == []
-    await site.do(offered("t2"))
+    await site.do(offered("t2", round_number=2))
     assert [float(order.private["own"][0]) if order.private else 0.0 for order in site.worker.orders] == [0, expected]
 
 
@@ -174,6 +175,23 @@ async def test_only_training_advances_private_tensors(site: Site, kind: TaskKind
     site.agent.submit(VerdictArrived("t1", Verdict.ACCEPTED))
     await asyncio.wait_for(site.agent.idle(), LIMIT)
     assert site.own() == 0
+
+
+async def test_a_round_that_a_restored_coordinator_repeats_begins_from_what_it_began_from_then(site: Site):
+    for round_number in (1, 2, 3):
+        await site.do(offered(f"t{round_number}", round_number=round_number))
+        site.agent.submit(VerdictArrived(f"t{round_number}", Verdict.ACCEPTED))
+        await asyncio.wait_for(site.agent.idle(), LIMIT)
+    assert site.own() == 3
+    await site.do(offered("evaluation", TaskKind.EVALUATE, round_number=2))  # the coordinator is at round 2 again
+    site.agent.submit(VerdictArrived("evaluation", Verdict.ACCEPTED))
+    await asyncio.wait_for(site.agent.idle(), LIMIT)
+    assert site.own() == 3
+    await site.do(offered("again", round_number=2))
+    site.agent.submit(VerdictArrived("again", Verdict.ACCEPTED))
+    await asyncio.wait_for(site.agent.idle(), LIMIT)
+    assert [float(order.private["own"][0]) for order in site.worker.orders[1:]] == [1, 2, 2, 1]
+    assert site.own() == 2
 
 
 async def test_a_result_outlives_the_daemon_and_is_sent_in_the_next_session(site: Site):
@@ -297,11 +315,11 @@ async def test_a_bug_in_the_worker_is_a_failed_task_and_not_a_silo_that_hangs(si
 
 
 async def test_damaged_private_tensors_fail_the_task_without_telling_where_they_lie(site: Site):
-    site.vault.promote("e1", {"own": np.ones(3, np.float32)})
-    (file,) = (site.directory / "vault").iterdir()
+    site.vault.promote("e1", 1, {"own": np.ones(3, np.float32)})
+    (file,) = (site.directory / "vault").glob("*/*")
     file.write_bytes(b"rubbish")
-    result, _ = await site.do(offered())
-    assert result.outcome == Failure(FailureReason.INTERNAL, "StorageError at the silo; see its log")
+    result, _ = await site.do(offered(round_number=2))
+    assert result.outcome == Failure(FailureReason.INTERNAL, "DamageError at the silo; see its log")
     assert site.worker.orders == []
 
 

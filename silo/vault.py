@@ -35,6 +35,7 @@ class Vault:
 
         Raises `DamageError` if the file is damaged, and `StorageError` if it is no longer kept or cannot be read.
         """
+        self._check_place()
         directory = self._directory_of(experiment_id)
         rounds = _rounds(directory)
         earlier = [number for number in rounds if number < before_round]
@@ -56,6 +57,7 @@ class Vault:
         """
         if not tensors:
             return
+        self._check_place()
         directory = self._directory_of(experiment_id)
         ensure_private_directory(directory)
         rounds = _rounds(directory)
@@ -66,6 +68,11 @@ class Vault:
         kept = sorted({round_number, *(number for number in rounds if number < round_number)})
         for old in kept[:-KEPT_ROUNDS]:
             remove_durably(directory / _name(old))
+
+    def _check_place(self) -> None:
+        """A mount that is gone must not be taken for a vault without private tensors, nor be written over."""
+        if not self._directory.is_dir():
+            raise StorageError(f"the vault '{self._directory}' is gone; mount it again or restore it from a backup")
 
     def _directory_of(self, experiment_id: str) -> Path:
         return self._directory / f"{experiment_id[:63]}-{sha256(experiment_id.encode()).hexdigest()[:16]}"

@@ -22,6 +22,7 @@ from silo.agent import Agent, OfferArrived, SessionDown, SessionUp, TensorsArriv
 from silo.ledger import CancelArrived, DrainOrdered, Reply, VerdictArrived
 from silo.policy import Policy
 from silo.spool import Spool
+from silo.stores import Stores
 from silo.vault import Vault
 from silo.work import WorkOrder, WorkOutcome
 from tests.fakes.workers import FakeWorker, report
@@ -72,7 +73,8 @@ class Site:
 
     async def start(self) -> None:
         metrics = SiloMetrics(CollectorRegistry())
-        self.agent = Agent(self.worker, self.worker.description, self.policy, (self.spool, self.vault), metrics)
+        stores = Stores(self.spool, self.vault, metrics)
+        self.agent = Agent(self.worker, self.worker.description, self.policy, stores, metrics)
         await self.agent.recover()
         self.running = asyncio.create_task(self.agent.run())
 
@@ -411,7 +413,7 @@ async def test_a_task_the_policy_forbids_is_refused_with_the_reason(tmp_path: Pa
 
 
 async def test_a_full_disk_holds_the_result_back_until_there_is_space(site: Site, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("silo.agent.DISK_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("silo.stores.DISK_RETRY_DELAY", 0.01)
     refusals: list[str] = []
 
     def full_for_a_while(write: Callable[..., None]) -> Callable[..., None]:

@@ -46,8 +46,9 @@ def restore(config: Config, source: Annotated[Path, typer.Argument(help="A direc
     )
     typer.echo(
         f"It will know what it knew at {when}. Its experiments go on from there: silos send again or compute again "
-        "what came later, and with the same contributors it is the same bits. Experiments created later are not known, "
-        "and what was cancelled later runs again. Keys and certificates are not part of a backup."
+        "what came later, and with the same contributors it is the same bits. Experiments created later are not known: "
+        "create them again under other names. What was cancelled later runs again. Keys and certificates are not part "
+        "of a backup."
     )
 
 

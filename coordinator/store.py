@@ -94,6 +94,12 @@ class Store:
         place = (tables.tasks.c.experiment_id == experiment_id) & (tables.tasks.c.round_number == round_number)
         return [load(TASK, row.document) for row in self.rows(sa.select(tables.tasks.c.document).where(place))]
 
+    def kept_updates(self, experiment_id: str, round_number: int) -> frozenset[str]:
+        """The tasks of a round whose tensors have not been forgotten, by id."""
+        place = (tables.tasks.c.experiment_id == experiment_id) & (tables.tasks.c.round_number == round_number)
+        kept = sa.select(tables.tasks.c.task_id).where(place, tables.tasks.c.tensors_sha256.is_not(None))
+        return frozenset(row.task_id for row in self.rows(kept))
+
     def checkpoint(self, experiment_id: str) -> Checkpoint | None:
         """What an experiment has learned so far, or None before its initial tensors exist."""
         query = sa.select(tables.checkpoints.c.document).where(tables.checkpoints.c.experiment_id == experiment_id)

@@ -33,7 +33,7 @@ class Finding(enum.Enum):
 
 @dataclass(frozen=True)
 class Counted:
-    """A result that counted; `sha256` (hex) is that of its update, None if that is no longer kept."""
+    """A result that counted; `sha256` (hex) is that of its update, which may no longer be kept."""
 
     silo_id: str
     example_count: int
@@ -124,21 +124,23 @@ class _Round:
 
     def take(self, record: dict[str, _Recorded] | None) -> None:
         """Find the results that counted, and compare them with the record of the round's end."""
+        place = (self._experiment.experiment_id, self._number)
         try:
-            tasks = self._store.round_tasks(self._experiment.experiment_id, self._number)
+            tasks = self._store.round_tasks(*place)
         except DamageError:
             self._problems.append("the record of a task is damaged")
             return
         counted = [task for task in tasks if task.kind is self._kind and task.verdict is Verdict.ACCEPTED]
         # An accepted failure says why.
         self._tasks = sorted((task for task in counted if not task.message), key=lambda task: task.silo_id)
-        self._not_kept = any(task.tensors is None for task in self._tasks)
+        kept = self._store.kept_updates(*place)
+        self._not_kept = any(task.task_id not in kept for task in self._tasks)
         if record is None:
             self._problems.append("there is no record of the round's end")
         else:
             self._problems += _differences(self._tasks, record)
         for task in self._tasks:
-            if task.tensors is not None and not self._is_intact(task.tensors):
+            if task.task_id in kept and not self._is_intact(task.tensors):
                 self._problems.append(f"the update of silo {task.silo_id!r} is damaged or missing")
                 self._not_kept = True
 
@@ -205,12 +207,11 @@ class _Round:
                 return None
         return ServerState(*parts)
 
-    def _is_intact(self, ref: TensorsRef) -> bool:
+    def _is_intact(self, ref: TensorsRef | None) -> bool:
         try:
-            self._store.blob(ref)
+            return ref is not None and self._store.blob(ref) is not None
         except DamageError:
             return False
-        return True
 
 
 def _round_records(store: Store, experiment_id: str) -> dict[int, dict[str, _Recorded]]:

@@ -128,6 +128,10 @@ class Federation:
             lambda document: change(document["event"]["contributions"]),
         )
 
+    def forget(self, silo, number):
+        """As garbage collection does."""
+        self.sql("UPDATE tasks SET tensors_sha256 = NULL WHERE task_id LIKE ?", f"e1/{number}/%-_/{silo}")
+
     def flip(self, ref):
         """Change one bit of a blob."""
         path = self.directory / "blobs" / ref.sha256
@@ -179,7 +183,7 @@ def test_what_nobody_changed_agrees(tmp_path, rule, length):
 def test_initial_tensors_of_a_silo_agree(tmp_path):
     federation = Federation(tmp_path / "state", experiment_spec(ROUNDS, 0, FROM_WORDS))
     assert federation.findings() == AGREEING
-    federation.edit("tasks", "task_id LIKE '%initialize%'", lambda task: task.update(tensors=None))
+    federation.forget("north", 0)
     assert federation.findings() == {**AGREEING, 0: (Finding.NOT_KEPT, "")}
 
 
@@ -283,12 +287,16 @@ class TestChanged:
 
     def test_a_round_after_one_that_is_lost_is_named(self, federation):
         federation.sql("DELETE FROM checkpoints WHERE round_number = 2")
-        federation.task("north", 2, lambda task: task.update(tensors=None))
+        federation.forget("north", 2)
         said = federation.differing()
         assert said == {
             2: "no tensors are stored",
             3: "the tensors that the round began with are damaged or missing",
         }
+
+    def test_a_result_without_tensors_is_named(self, federation):
+        federation.task("south", 2, lambda task: task.update(tensors=None))
+        assert federation.differing() == {2: "the update of silo 'south' is damaged or missing"}
 
     def test_a_record_that_cannot_be_read_is_named(self, federation):
         federation.task("north", 2, lambda task: task.update(verdict="perhaps"))
@@ -301,7 +309,7 @@ class TestChanged:
 
 def test_updates_that_are_no_longer_kept_are_said_and_the_rounds_after_them_computed(federation):
     for silo in SILOS:
-        federation.task(silo, 2, lambda task: task.update(tensors=None))
+        federation.forget(silo, 2)
     assert federation.findings() == {**AGREEING, 2: (Finding.NOT_KEPT, "")}
     federation.record(2, lambda parts: parts.pop())  # the records are compared all the same
     assert federation.findings()[2][0] is Finding.DIFFERS
@@ -349,7 +357,7 @@ class TestCommand:
         if change == "flip":
             federation.flip(federation.ref_of("south", 2))
         else:
-            federation.task("south", 2, lambda task: task.update(tensors=None))
+            federation.forget("south", 2)
         done = self.run(federation)
         assert done.exit_code == 1
         assert word in done.stdout.splitlines()[2]

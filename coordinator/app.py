@@ -12,6 +12,7 @@ import fedrt
 from coordinator import intake
 from coordinator.admin_service import AdminService
 from coordinator.config import CoordinatorConfig
+from coordinator.integrity import check_at_start
 from coordinator.listeners import admin_listeners, make_health, session_listener
 from coordinator.orchestrator import Orchestrator
 from coordinator.session_service import SessionLimits, SessionService
@@ -41,6 +42,7 @@ async def serve(config: CoordinatorConfig, lifecycle: Lifecycle) -> None:
         stack.callback(lock.release)
         store = Store(config.state_directory)
         stack.callback(store.close)
+        await asyncio.to_thread(check_at_start, store)
         orchestrator = Orchestrator(store, metrics)
         stack.push_async_callback(orchestrator.close)
         sessions = SessionService(orchestrator, metrics, _limits(config))

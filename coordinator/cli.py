@@ -70,6 +70,19 @@ def verify(
 
 
 @app.command()
+def collect(config: Config) -> None:
+    """Remove what the store no longer needs, of a coordinator that is stopped; a running one does it once a day."""
+    from coordinator.retention import collect_by_hand  # noqa: PLC0415  # imports the database
+
+    try:
+        loaded = load_coordinator_config(config)
+        freed = collect_by_hand(loaded.state_directory, loaded.retention.updates)
+    except FedrtError as error:
+        raise typer.Exit(report(error)) from None
+    typer.echo(str(freed))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of the YAML file, for editors."""
     typer.echo(json.dumps(json_schema(CoordinatorConfig), indent=2))

@@ -4,8 +4,9 @@ One transaction writes one `Changes`; when `commit` returns, it is on disk. All 
 one thread of their own.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from coordinator.schema import check_current, make_current
 from fedrt.errors import DamageError, StorageError
 from fedrt.statefile import ensure_private_directory
 
+FILE_NAME = "coordinator.db"
+
 
 class Store:
     """The coordinator's memory. Opening creates what is missing; damage and a newer schema are a `StorageError`.
@@ -32,13 +35,13 @@ class Store:
     def __init__(self, directory: Path, clock: Callable[[], float] = time.time, read_only: bool = False) -> None:
         self._clock = clock
         self._read_only = read_only
-        path = directory / "coordinator.db"
+        path = directory / FILE_NAME
         if read_only:
             if not path.is_file():
                 raise StorageError(f"there is no store at '{path}'; check state_directory")
         else:
             ensure_private_directory(directory)
-        self._blobs = Blobs(directory / "blobs", read_only)
+        self.blobs = Blobs(directory / "blobs", read_only)
         self._engine = connect(path, read_only)
         with Guard("open", path):
             if not read_only:
@@ -58,12 +61,19 @@ class Store:
             raise ValueError("a store that was opened to be read cannot be written")
         now = self._clock()
         with Guard("write"):
-            self._blobs.put_large(changes.blobs)
+            self.blobs.put_large(changes.blobs)
             with self._engine.begin() as connection:
-                self._blobs.put(connection, changes.blobs)
+                self.blobs.put(connection, changes.blobs)
                 for table, rows in tables.rows_of(changes, now):
                     if rows:
                         connection.execute(tables.UPSERT[table.name], rows)
+            self.blobs.settle()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sa.Connection]:
+        """A connection whose changes are all durable after the block, or none. Raises `StorageError`."""
+        with Guard("write"), self._engine.begin() as connection:
+            yield connection
 
     def active_experiments(self) -> list[Experiment]:
         """Those that have not ended, oldest first."""
@@ -131,12 +141,9 @@ class Store:
         return {row.sha256: row.byte_count for row in rows}
 
     def forgotten_tasks(self, experiment_id: str) -> frozenset[str]:
-        """The tasks of an experiment whose tensors `retention` has let go; their records still name the digests."""
-        had_tensors = sa.func.json_extract(tables.tasks.c.document, "$.tensors").is_not(None)
-        forgotten = (tables.tasks.c.experiment_id == experiment_id) & tables.tasks.c.tensors_sha256.is_(None)
-        return frozenset(
-            row.task_id for row in self.rows(sa.select(tables.tasks.c.task_id).where(forgotten, had_tensors))
-        )
+        """The tasks of an experiment whose tensors `retention.updates` let go; their records still name the digests."""
+        query = sa.select(tables.tasks.c.task_id).where(tables.tasks.c.experiment_id == experiment_id, tables.forgotten)
+        return frozenset(row.task_id for row in self.rows(query))
 
     def silos(self) -> list[SiloRecord]:
         """Every silo ever met, by name."""
@@ -151,12 +158,17 @@ class Store:
         rows = self.rows(query.order_by(tables.events.c.number).limit(limit))
         return [NumberedEvent(row.number, row.time, load_event(row.document)) for row in rows]
 
+    def blob_problem(self, digest: str) -> str | None:
+        """What is wrong with a blob, after reading all of it; None if it is whole. Raises `StorageError`."""
+        with Guard("read"), self._engine.connect() as connection:
+            return self.blobs.problem(connection, digest)
+
     def blob(self, ref: TensorsRef) -> memoryview:
         """The packed bytes of tensors. Raises `StorageError` if they are missing or damaged."""
         with Guard("read"), self._engine.connect() as connection:
-            return self._blobs.get(connection, ref.sha256)
+            return self.blobs.get(connection, ref.sha256)
 
-    def rows(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+    def rows(self, query: sa.Executable) -> Sequence[sa.Row[Any]]:
         """What a query of `coordinator.tables` finds. Raises `StorageError`."""
         with Guard("read"), self._engine.connect() as connection:
             return connection.execute(query).all()

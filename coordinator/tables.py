@@ -11,7 +11,8 @@ from sqlalchemy.dialects.sqlite import insert
 
 from coordinator.blobs import metadata
 from coordinator.documents import CHECKPOINT, EXPERIMENT, SILO, TASK, dump, dump_event
-from coordinator.records import Changes
+from coordinator.experiments import Experiment
+from coordinator.records import Changes, Checkpoint, SiloRecord, TaskRecord
 
 experiments = sa.Table(
     "experiments",
@@ -64,6 +65,12 @@ needed_blobs = sa.union(
 ).subquery("needed_blobs")
 """The digests of all blobs that a task or a checkpoint needs, each once."""
 
+_digest_in_document = sa.case(
+    (sa.func.json_valid(tasks.c.document), sa.func.json_extract(tasks.c.document, "$.tensors.sha256")), else_=None
+)
+forgotten = tasks.c.tensors_sha256.is_(None) & _digest_in_document.is_not(None)
+"""Whether the store no longer keeps the tensors of a task that had some."""
+
 
 def _upsert(table: sa.Table) -> sa.Insert:
     statement = insert(table)
@@ -78,51 +85,50 @@ UPSERT: dict[str, sa.Insert] = {table.name: _upsert(table) for table in (experim
 }
 
 
+def experiment_row(experiment: Experiment) -> dict[str, Any]:
+    """What the table of experiments holds of one."""
+    return {
+        "experiment_id": experiment.experiment_id,
+        "state": experiment.state.value,
+        "create_time": experiment.create_time,
+        "document": dump(EXPERIMENT, experiment),
+        "end_time": experiment.end_time,
+    }
+
+
+def task_row(task: TaskRecord) -> dict[str, Any]:
+    """What the table of tasks holds of one, until its tensors are forgotten."""
+    return {
+        "task_id": task.task_id,
+        "experiment_id": task.experiment_id,
+        "round_number": task.round_number,
+        "document": dump(TASK, task),
+        "tensors_sha256": task.tensors.sha256 if task.tensors else None,
+    }
+
+
+def checkpoint_row(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the table of checkpoints holds of one."""
+    return {
+        "experiment_id": checkpoint.experiment_id,
+        "round_number": checkpoint.round_number,
+        "document": dump(CHECKPOINT, checkpoint),
+        "shared_sha256": checkpoint.shared.sha256,
+        "memory_sha256": checkpoint.memory.sha256 if checkpoint.memory else None,
+    }
+
+
+def silo_row(silo: SiloRecord) -> dict[str, Any]:
+    """What the table of silos holds of one."""
+    return {"silo_id": silo.silo_id, "document": dump(SILO, silo)}
+
+
 def rows_of(changes: Changes, now: float) -> Iterator[tuple[sa.Table, list[dict[str, Any]]]]:
     """The rows of each table; events happen `now`, in Unix seconds."""
-    yield (
-        experiments,
-        [
-            {
-                "experiment_id": experiment.experiment_id,
-                "state": experiment.state.value,
-                "create_time": experiment.create_time,
-                "document": dump(EXPERIMENT, experiment),
-                "end_time": experiment.end_time,
-            }
-            for experiment in changes.experiments.values()
-        ],
-    )
-    yield (
-        tasks,
-        [
-            {
-                "task_id": task.task_id,
-                "experiment_id": task.experiment_id,
-                "round_number": task.round_number,
-                "document": dump(TASK, task),
-                "tensors_sha256": task.tensors.sha256 if task.tensors else None,
-            }
-            for task in changes.tasks.values()
-        ],
-    )
-    yield (
-        checkpoints,
-        [
-            {
-                "experiment_id": checkpoint.experiment_id,
-                "round_number": checkpoint.round_number,
-                "document": dump(CHECKPOINT, checkpoint),
-                "shared_sha256": checkpoint.shared.sha256,
-                "memory_sha256": checkpoint.memory.sha256 if checkpoint.memory else None,
-            }
-            for checkpoint in changes.checkpoints
-        ],
-    )
-    yield (
-        silos,
-        [{"silo_id": silo.silo_id, "document": dump(SILO, silo)} for silo in changes.silos.values()],
-    )
+    yield experiments, [experiment_row(experiment) for experiment in changes.experiments.values()]
+    yield tasks, [task_row(task) for task in changes.tasks.values()]
+    yield checkpoints, [checkpoint_row(checkpoint) for checkpoint in changes.checkpoints]
+    yield silos, [silo_row(silo) for silo in changes.silos.values()]
     yield (
         events,
         [

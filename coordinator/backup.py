@@ -12,7 +12,6 @@ The database is copied first. The files it names were durable before it named th
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import sqlite3
@@ -27,14 +26,16 @@ import sqlalchemy as sa
 from pydantic import TypeAdapter, ValidationError
 
 import fedrt
+from coordinator.backup_lock import keeping_blobs
 from coordinator.blobs import blobs_table
 from coordinator.database import Guard, connect
 from coordinator.schema import revision_of
+from coordinator.store import FILE_NAME
 from coordinator.unfinished import remove_leftovers, unfinished_directory
 from fedrt.errors import ConfigurationError, DamageError
-from fedrt.statefile import ensure_private_directory, storage_error, sync_directory, write_atomic, write_atomic_by
+from fedrt.statefile import storage_error, sync_directory, write_atomic, write_atomic_by
 
-MANIFEST, DATABASE, BLOBS = "manifest.json", "coordinator.db", "blobs"
+MANIFEST, DATABASE, BLOBS = "manifest.json", FILE_NAME, "blobs"
 FORMAT = 1
 _CHUNK_BYTES = 1 << 20
 _NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -89,10 +90,9 @@ def back_up(state_directory: Path, destination: Path, now: datetime) -> Backup:
     damaged and `StorageError` if the disk refuses; then nothing is left.
     """
     _check_destination(state_directory, destination)
-    ensure_private_directory(state_directory)
     remove_leftovers(destination.parent)
     earlier = _newest_backup(destination.parent)
-    with _collection_waits(state_directory), unfinished_directory(destination) as unfinished:
+    with keeping_blobs(state_directory), unfinished_directory(destination) as unfinished:
         write_atomic_by(unfinished / DATABASE, lambda path: _copy_database(state_directory / DATABASE, path))
         schema_revision, blobs = _contents(unfinished / DATABASE)
         copied = _Blobs(state_directory / BLOBS, earlier and earlier / BLOBS, unfinished / BLOBS)
@@ -146,19 +146,27 @@ class _Blobs:
         """Returns whether it is a link. Raises `DamageError` if the blob is missing or damaged."""
         source, target = self._store / blob.sha256, self._target / blob.sha256
         known = self._known(blob)
-        if _link(source, target):
+        try:
+            linked = _link(source, target)
+        except FileNotFoundError:
+            raise DamageError(f"blob file '{source}' is missing; restore the state directory from a backup") from None
+        if linked:
             if (known is None or not known.samefile(target)) and _piece_of(target) != blob:
                 raise DamageError(_damaged(source))
             return True
-        if known is not None and _link(known, target):
-            return True
+        with contextlib.suppress(FileNotFoundError):  # somebody removes that backup
+            if known is not None and _link(known, target):
+                return True
         copy_piece(source, target, blob)
         return False
 
     def _known(self, blob: Piece) -> Path | None:
         """The file in the backup before, which was read when it was put there."""
         path = self._earlier / blob.sha256 if self._earlier else None
-        return path if path and path.is_file() and path.stat().st_size == blob.byte_count else None
+        with contextlib.suppress(FileNotFoundError):
+            if path is not None and path.stat().st_size == blob.byte_count:
+                return path
+        return None
 
 
 def _check_destination(state_directory: Path, destination: Path) -> None:
@@ -174,21 +182,6 @@ def _check_destination(state_directory: Path, destination: Path) -> None:
         raise ConfigurationError(
             f"'{destination}' is inside state_directory '{state_directory}' and would be lost with it; name another"
         )
-
-
-@contextlib.contextmanager
-def _collection_waits(state_directory: Path) -> Iterator[None]:
-    """Garbage collection takes the same lock for itself alone."""
-    path = state_directory / "backup.lock"
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise storage_error("open", path, error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _newest_backup(parent: Path) -> Path | None:
@@ -226,11 +219,14 @@ def _contents(database: Path) -> tuple[str, tuple[Piece, ...]]:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Whether a hard link could be made; not over the bounds of a file system, nor on one that has none."""
+    """Whether a hard link could be made; not over the bounds of a file system, nor on one that has none.
+
+    Raises `FileNotFoundError` without a source.
+    """
     try:
         os.link(source, target)
     except FileNotFoundError:
-        raise DamageError(f"blob file '{source}' is missing; restore the state directory from a backup") from None
+        raise
     except OSError as error:
         if error.errno in _NO_LINKS:
             return False

@@ -1,5 +1,6 @@
 """The commands of `fedrt-coordinator` that look after a store: back it up, restore it, compute its rounds again."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -63,19 +64,22 @@ def replay(
     Ends with 0 if all agree and with 1 if one does not, or can no longer be computed.
     """
     from coordinator import replay_view as view  # noqa: PLC0415  # needs a database
+    from coordinator.backup_lock import keeping_blobs  # noqa: PLC0415
     from coordinator.replay import find_experiment  # noqa: PLC0415
     from coordinator.replay import replay as computed_again  # noqa: PLC0415
     from coordinator.store import Store  # noqa: PLC0415
 
-    store = Store(_store_directory(config, backup), read_only=True)
-    try:
+    directory = _store_directory(config, backup)
+    with contextlib.ExitStack() as stack:
+        store = Store(directory, read_only=True)
+        stack.callback(store.close)
+        if backup is None:
+            stack.enter_context(keeping_blobs(directory))
         found, rounds = find_experiment(store, experiment), []
         for replayed in computed_again(store, found):
             rounds.append(replayed)
             if not as_json:
                 typer.echo(view.line(replayed))
-    finally:
-        store.close()
     typer.echo(json.dumps(view.document(found, rounds), indent=2) if as_json else view.summary(found, rounds))
     raise typer.Exit(ExitCode.DONE if view.all_agree(rounds) else ExitCode.INTERNAL)
 

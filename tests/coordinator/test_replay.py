@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from coordinator import replay_view
+from coordinator.backup_lock import removing_blobs
 from coordinator.blobs import INLINE_BYTES
 from coordinator.cli import app
 from coordinator.combining import combine, gather, initial_shared, packed
 from coordinator.experiments import ExperimentState, Stage, create
 from coordinator.records import Changes, Checkpoint, Contribution, RoundClosed, TaskRecord
 from coordinator.replay import Finding, find_experiment, replay
+from coordinator.retention import collect
 from coordinator.store import Store
 from fedrt.aggregation import Median, ServerAdam, ServerMomentum, TrimmedMean, UniformMean, WeightedMean
 from fedrt.errors import ExitCode
@@ -55,7 +58,7 @@ class Federation:
         over = rounds == ROUNDS
         state = ExperimentState.SUCCEEDED if over else ExperimentState.RUNNING
         stage = Stage(TaskKind.EVALUATE, rounds) if over else Stage(TaskKind.TRAIN, rounds + 1)
-        experiment = replace(self.experiment, state=state, stage=stage)
+        experiment = replace(self.experiment, state=state, stage=stage, end_time=9.0 if over else None)
         others = [  # what did not count
             TaskRecord("e1/2/train/east", "e1", "east", 2, TaskKind.TRAIN, 0, Verdict.LATE, "late", tensors=self.ref),
             TaskRecord("e1/3/train/east", "e1", "east", 3, TaskKind.TRAIN, 0, Verdict.ACCEPTED, "failed (internal): x"),
@@ -315,6 +318,14 @@ def test_updates_that_are_no_longer_kept_are_said_and_the_rounds_after_them_comp
     assert federation.findings()[2][0] is Finding.DIFFERS
 
 
+def test_what_garbage_collection_has_forgotten_is_said(federation):
+    store = Store(federation.directory)
+    assert sum(freed.update_count for freed in collect(store, federation.directory, 5.0, now=20.0)) == 13
+    store.close()
+    forgotten = dict.fromkeys(range(1, ROUNDS + 1), (Finding.NOT_KEPT, ""))
+    assert federation.findings() == {**AGREEING, **forgotten}
+
+
 def test_of_an_experiment_that_runs_the_rounds_so_far_are_computed(tmp_path):
     federation = Federation(tmp_path / "state", spec_of(ServerMomentum()), rounds=2)
     assert federation.findings() == {number: AGREEING[number] for number in range(3)}
@@ -414,6 +425,33 @@ class TestCommand:
         done = CliRunner().invoke(app, ["replay", "--backup", str(tmp_path / "state"), "e1"])
         assert done.exit_code == ExitCode.DONE
         assert "its method 'coop' shares nothing, so nothing was aggregated" in done.stdout
+
+    def test_beside_a_coordinator_nothing_is_collected_meanwhile(self, federation, tmp_path, monkeypatch):
+        config, tried, line = tmp_path / "coordinator.yaml", [], replay_view.line
+        config.write_text(
+            f"federation: test\nlisten: {{session: '127.0.0.1:0'}}\nidentity: {{directory: {tmp_path}/identity}}\n"
+            f"state_directory: {federation.directory}\n"
+        )
+
+        def line_while_reading(replayed):
+            with removing_blobs(federation.directory) as allowed:
+                tried.append(allowed)
+            return line(replayed)
+
+        monkeypatch.setattr(replay_view, "line", line_while_reading)
+        done = CliRunner().invoke(app, ["replay", "--config", str(config), "e1"])
+        assert done.exit_code == ExitCode.DONE, done.output
+        assert tried == [False] * (ROUNDS + 1)
+        with removing_blobs(federation.directory) as allowed:
+            assert allowed
+
+    def test_a_backup_is_only_read(self, federation):
+        before = sorted(federation.directory.rglob("*"))
+        assert self.run(federation).exit_code == ExitCode.DONE
+        assert {path.name for path in set(federation.directory.rglob("*")) - set(before)} <= {
+            "coordinator.db-wal",
+            "coordinator.db-shm",
+        }
 
     def test_it_has_to_be_told_which_store(self):
         done = CliRunner().invoke(app, ["replay", "e1"])

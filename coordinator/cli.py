@@ -1,4 +1,4 @@
-"""`fedrt-coordinator`: run the daemon, check its configuration, print the schema of its file."""
+"""`fedrt-coordinator`: run the daemon, check its configuration, print the schema of its file, look after its store."""
 
 import json
 import sys
@@ -10,15 +10,19 @@ from typing import Annotated
 import typer
 
 import fedrt
+from coordinator import store_cli
 from coordinator.config import CoordinatorConfig, load_coordinator_config
 from fedrt.certificates import Expectation
+from fedrt.command_line import Commands
 from fedrt.config import effective_yaml, json_schema
 from fedrt.daemon import Lifecycle, prepare_grpc, report, run_daemon
-from fedrt.errors import FedrtError
+from fedrt.errors import ExitCode, FedrtError
 from fedrt.identity import Role
 from fedrt.log import reload_level
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="The coordinator of a fedrt federation.")
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, help="The coordinator of a fedrt federation."
+)
 Config = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's YAML file.")]
 
 
@@ -55,6 +59,34 @@ def check_config(config: Config) -> None:
 
 
 @app.command()
+def verify(
+    config: Config, as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False
+) -> None:
+    """Check every record and every tensor in the store, also while the coordinator runs; exit code 1 for damage."""
+    from coordinator.verification import verify as verify_store  # noqa: PLC0415  # imports the database
+
+    try:
+        found = verify_store(load_coordinator_config(config).state_directory)
+    except FedrtError as error:
+        raise typer.Exit(report(error)) from None
+    typer.echo(json.dumps(found.as_json(), indent=2) if as_json else found.as_text())
+    raise typer.Exit(ExitCode.DONE if found.whole else ExitCode.INTERNAL)
+
+
+@app.command()
+def collect(config: Config) -> None:
+    """Remove what the store no longer needs, of a coordinator that is stopped; a running one does it once a day."""
+    from coordinator.retention import collect_by_hand  # noqa: PLC0415  # imports the database
+
+    try:
+        loaded = load_coordinator_config(config)
+        freed = collect_by_hand(loaded.state_directory, loaded.retention.updates)
+    except FedrtError as error:
+        raise typer.Exit(report(error)) from None
+    typer.echo(str(freed))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of the YAML file, for editors."""
     typer.echo(json.dumps(json_schema(CoordinatorConfig), indent=2))
@@ -64,6 +96,11 @@ def schema() -> None:
 def version() -> None:
     """Print the version."""
     typer.echo(fedrt.__version__)
+
+
+app.command()(store_cli.backup)
+app.command()(store_cli.restore)
+app.command()(store_cli.replay)
 
 
 def main() -> None:

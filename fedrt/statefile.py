@@ -69,8 +69,27 @@ def move_durably(source: Path, target: Path) -> None:
         raise storage_error("write", target, error) from error
 
 
+def sync_directory(path: Path) -> None:
+    """Make what was linked, renamed or removed in a directory durable, all of it at once; raises StorageError."""
+    try:
+        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise storage_error("write", path, error) from error
+
+
+def remove_durably(path: Path) -> None:
+    """Remove a file, if it is there, so that a power cut does not bring it back; raises StorageError."""
+    try:
+        path.unlink(missing_ok=True)
+        _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise storage_error("remove", path, error) from error
+
+
 def ensure_private_directory(path: Path) -> None:
     """Make `path` a directory that only we can enter (0700), missing parents too; an existing one is checked only.
+
+    What is made is durable before anything is written into it.
 
     Raises StorageError when it cannot be made, is not ours, or others may write to it: they could swap the files in it.
     """
@@ -78,6 +97,7 @@ def ensure_private_directory(path: Path) -> None:
         for parent in (*reversed(path.parents), path):
             if not parent.is_dir():
                 parent.mkdir(mode=0o700, exist_ok=True)
+                _sync(parent.parent, os.O_RDONLY | os.O_DIRECTORY)
         status = path.stat()
     except OSError as error:
         raise storage_error("create directory", path, error) from error

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import structlog
 
-from fedrt.errors import FailureReason, FedrtError, PayloadError, StorageError, TensorError, WorkError
+from fedrt.errors import FailureReason, FedrtError, PayloadError, TensorError, WorkError
 from fedrt.metrics import SiloMetrics
 from fedrt.payload import Manifest, unpack
 from fedrt.session.frames import HeldTask
@@ -22,12 +22,11 @@ from silo import ledger as ledgers
 from silo.departures import check_release
 from silo.ledger import HoldState, Ledger, LedgerEvent
 from silo.policy import Policy, judge
-from silo.spool import Spool, Spooled
-from silo.vault import Vault
+from silo.spool import Spooled
+from silo.stores import Stores
 from silo.work import Worker, WorkerReport, WorkOrder, WorkOutcome
 
 PROGRESS_INTERVAL = 1.0  # seconds between progress frames
-DISK_RETRY_DELAY = 2.0  # seconds between attempts while the disk refuses
 
 
 class Session(Protocol):
@@ -107,12 +106,12 @@ class Agent:
     """Owns everything a silo holds. Everything but `run` and `idle` may be called from the event loop and returns."""
 
     def __init__(
-        self, worker: Worker, report: WorkerReport, policy: Policy, stores: tuple[Spool, Vault], metrics: SiloMetrics
+        self, worker: Worker, report: WorkerReport, policy: Policy, stores: Stores, metrics: SiloMetrics
     ) -> None:
         self._worker = worker
         self._report = report
         self._policy = policy
-        self._spool, self._vault = stores
+        self._stores = stores
         self._metrics = metrics
         self._log = structlog.get_logger("silo")
         self._inbox: asyncio.Queue[AgentMessage] = asyncio.Queue()
@@ -144,12 +143,11 @@ class Agent:
 
     async def recover(self) -> None:
         """Take up the results that an earlier run of the daemon left in the spool."""
-        for spooled in await asyncio.to_thread(self._spool.load):
+        for spooled in await self._stores.undelivered():
             self._spooled[spooled.task_id] = spooled
             hold = ledgers.Hold(spooled.task_id, spooled.experiment_id, HoldState.FINISHED)
             self._ledger = Ledger((*self._ledger.holds, hold))
             self._log.info("undelivered result found", task=spooled.task_id)
-        self._count_spool()
 
     async def run(self) -> None:
         """Serve the inbox until cancelled."""
@@ -254,7 +252,7 @@ class Agent:
         task = accepted.task
         self._log.info("work begins", task=task.task_id, experiment=task.experiment_id, round=task.round_number)
         try:
-            private = await asyncio.to_thread(self._vault.load, task.experiment_id)
+            private = await self._stores.private(task)
             order = WorkOrder(
                 task_id=task.task_id,
                 experiment_id=task.experiment_id,
@@ -325,34 +323,16 @@ class Agent:
         spooled = Spooled(
             task.task_id, task.experiment_id, task.round_number, task.kind, outcome, shared=shared, private=private
         )
-        await self._until_durable(self._spool.put, spooled)
+        await self._stores.keep(spooled)
         self._spooled[task.task_id] = spooled
         self._accepted.pop(task.task_id, None)
-        self._count_spool()
         await self._step(ledgers.OutcomeStored(task.task_id))
 
     async def _promote(self, task_id: str) -> None:
-        spooled = self._spooled[task_id]
-        if spooled.private:
-            await self._until_durable(self._vault.promote, spooled.experiment_id, spooled.private)
+        await self._stores.promote(self._spooled[task_id])
         await self._drop(task_id)
 
     async def _drop(self, task_id: str) -> None:
         self._accepted.pop(task_id, None)
         if self._spooled.pop(task_id, None) is not None:
-            await self._until_durable(self._spool.remove, task_id)
-            self._count_spool()
-
-    async def _until_durable(self, write: Callable[..., None], *arguments: object) -> None:
-        while True:
-            try:
-                await asyncio.to_thread(write, *arguments)
-                return
-            except StorageError as error:
-                self._log.error("nothing is sent until the disk accepts writes", reason=str(error))
-                await asyncio.sleep(DISK_RETRY_DELAY)
-
-    def _count_spool(self) -> None:
-        count, size = self._spool.size()
-        self._metrics.spool_results.set(count)
-        self._metrics.spool_bytes.set(size)
+            await self._stores.remove(task_id)

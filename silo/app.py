@@ -29,6 +29,7 @@ from silo.departures import Departures
 from silo.link import Dialling, Link
 from silo.policy import Policy
 from silo.spool import Spool
+from silo.stores import Stores
 from silo.vault import Vault
 from silo.work import OWN, Worker, WorkerReport
 from silo.worker import ProcessWorker, WorkerLog
@@ -114,7 +115,8 @@ class Records:
 
 async def build_silo(config: SiloConfig, worker: Worker, report: WorkerReport, records: Records) -> "Silo":
     """A silo that has taken up what an earlier run left; its state directory is taken. Raises `StorageError`."""
-    stores = Spool(config.state_directory / "spool"), Vault(config.state_directory / "vault")
+    directory = config.state_directory
+    stores = Stores(Spool(directory / "spool"), Vault(directory / "vault"), records.metrics)
     policy = Policy(config.policy.methods, config.policy.experiments, config.policy.min_examples)
     agent = Agent(worker, report, policy, stores, records.metrics)
     await agent.recover()

@@ -1,6 +1,5 @@
 """Results that await their verdict, one file each, durable before they are sent."""
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,17 +7,25 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import safetensors.numpy
+import structlog
 from pydantic import TypeAdapter
 
-from fedrt.errors import StorageError
+from fedrt.errors import DamageError, StorageError
 from fedrt.payload import describe
-from fedrt.statefile import ensure_private_directory, remove_unfinished, storage_error, write_atomic_by
+from fedrt.statefile import (
+    ensure_private_directory,
+    move_durably,
+    remove_durably,
+    remove_unfinished,
+    storage_error,
+)
 from fedrt.task import Failure, Outcome, Result, Success, TaskKind
 from fedrt.tensors import Tensors
+from silo.tensor_files import read_tensors, write_tensors
 
 _OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
 _SHARED, _PRIVATE = "shared/", "private/"
+DAMAGED = ".damaged"  # what the name of a file that was set aside ends with
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Spool:
         ensure_private_directory(directory)
         remove_unfinished(directory)
         self._directory = directory
+        self._log = structlog.get_logger("silo.spool")
 
     def put(self, result: Spooled) -> None:
         """Store a result durably, replacing an earlier one of the task. Raises `StorageError`."""
@@ -65,47 +73,58 @@ class Spool:
             **{_SHARED + name: array for name, array in result.shared.items()},
             **{_PRIVATE + name: array for name, array in result.private.items()},
         }
-        metadata = {"result": json.dumps(about)}
-        path = self._path(result.task_id)
-        try:
-            write_atomic_by(path, lambda empty: safetensors.numpy.save_file(tensors, empty, metadata))
-        except safetensors.SafetensorError as error:
-            raise StorageError(f"cannot write '{path}' ({error}); check free space and the disk") from error
+        write_tensors(self._path(result.task_id), tensors, about)
         _ = result.to_send  # digested here, where it may take its time
 
     def load(self) -> list[Spooled]:
-        """Every stored result, oldest first. Raises `StorageError` naming a damaged file."""
-        paths = sorted(self._directory.glob("*.safetensors"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-        return [_read(path) for path in paths]
+        """Every stored result, oldest first. Raises `StorageError` if the directory or a file may not be read.
+
+        A damaged file is set aside under another name and left out: its task is offered and computed again.
+        """
+        results = []
+        for path, _ in sorted(self._files(), key=lambda file: (file[1].st_mtime_ns, file[0].name)):
+            try:
+                results.append(_read(path))
+            except DamageError as error:
+                self._set_aside(path, error)
+        return results
 
     def remove(self, task_id: str) -> None:
-        """Forget a result; nothing happens if there is none. Raises `StorageError`."""
-        path = self._path(task_id)
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise storage_error("remove", path, error) from error
+        """Forget a result durably; nothing happens if there is none. Raises `StorageError`."""
+        remove_durably(self._path(task_id))
 
     def size(self) -> tuple[int, int]:
-        """How many results lie here, and their bytes."""
-        with os.scandir(self._directory) as entries:
-            sizes = [entry.stat().st_size for entry in entries if entry.name.endswith(".safetensors")]
+        """How many results lie here, and their bytes. Raises `StorageError`."""
+        sizes = [status.st_size for _, status in self._files()]
         return len(sizes), sum(sizes)
+
+    def _files(self) -> list[tuple[Path, os.stat_result]]:
+        """Not by `glob`, which takes a directory that may not be read for an empty one."""
+        try:
+            return [(path, path.stat()) for path in self._directory.iterdir() if path.suffix == ".safetensors"]
+        except OSError as error:
+            raise storage_error("read", self._directory, error) from error
+
+    def _set_aside(self, path: Path, error: DamageError) -> None:
+        aside = path.with_name(path.name + DAMAGED)
+        meaning = "its task is computed again, unless the coordinator had the result; then private tensors lack a round"
+        try:
+            move_durably(path, aside)
+        except StorageError as refusal:
+            self._log.error("damaged result left where it is", reason=str(error), meaning=meaning, refusal=str(refusal))
+        else:
+            self._log.error("damaged result set aside", reason=str(error), meaning=meaning, kept_as=str(aside))
 
     def _path(self, task_id: str) -> Path:
         return self._directory / f"{sha256(task_id.encode()).hexdigest()[:40]}.safetensors"
 
 
 def _read(path: Path) -> Spooled:
+    tensors, about = read_tensors(path)
     try:
-        with safetensors.safe_open(path, "numpy") as file:
-            about = json.loads(file.metadata()["result"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         return _parse(about, tensors)
-    except OSError as error:
-        raise storage_error("read", path, error) from error
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise StorageError(f"spool file '{path}' is damaged; remove it, and its task is computed again") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamageError(f"'{path}' is damaged ({type(error).__name__})") from error
 
 
 def _parse(about: dict[str, Any], tensors: Tensors) -> Spooled:

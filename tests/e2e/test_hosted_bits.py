@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def measured(closed: pb.RoundClosed) -> object:
 
 
 def private(state: Path, experiment: str) -> dict[str, bytes]:
-    return {name: array.tobytes() for name, array in Vault(state / "vault").load(experiment).items()}
+    return {name: array.tobytes() for name, array in Vault(state / "vault").load(experiment, sys.maxsize).items()}
 
 
 @contextlib.asynccontextmanager

@@ -244,7 +244,7 @@ def check_that_the_bias_stayed(federation: Federation, context: np.ndarray) -> N
     """The silos' own records name the context only, and what they hold is nowhere at the coordinator."""
     biases = []
     for name in ("north", "south"):
-        (private,) = (federation.directory / "state" / name / "vault").glob("shapes-1-*.safetensors")
+        (private,) = (federation.directory / "state" / name / "vault").glob("shapes-1-*/round-*3.safetensors")
         held = load_file(private)
         assert set(held) == {"bias"}
         assert np.abs(held["bias"]).min() > 0

@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from fedrt.errors import StorageError
-from fedrt.statefile import ensure_private_directory, write_atomic
+from fedrt.statefile import ensure_private_directory, remove_durably, sync_directory, write_atomic
 
 
 def mode_of(path):
@@ -77,6 +77,31 @@ def test_everything_is_forced_to_disk_before_and_after_the_rename(tmp_path, monk
     assert forced == [(False, False), (True, True)]
 
 
+def test_a_removal_and_a_new_directory_are_forced_to_disk(tmp_path, monkeypatch):
+    forced = []
+    fsync = os.fsync
+
+    def watch(descriptor):
+        forced.append(os.readlink(f"/proc/self/fd/{descriptor}") if os.path.isdir("/proc/self/fd") else str(tmp_path))
+        fsync(descriptor)
+
+    write_atomic(tmp_path / "state", b"x")
+    monkeypatch.setattr(os, "fsync", watch)
+    remove_durably(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+    remove_durably(tmp_path / "state")
+    assert forced == [str(tmp_path)] * 2
+    ensure_private_directory(tmp_path / "made")
+    ensure_private_directory(tmp_path / "made")
+    assert forced == [str(tmp_path)] * 3
+
+
+def test_a_removal_that_the_disk_refuses_names_the_file(tmp_path):
+    (tmp_path / "state").mkdir()
+    with pytest.raises(StorageError, match=r"cannot remove '.*/state'"):
+        remove_durably(tmp_path / "state")
+
+
 def test_a_missing_directory_is_named(tmp_path):
     with pytest.raises(StorageError, match="no such file or directory; check the configured path"):
         write_atomic(tmp_path / "absent" / "state", b"x")
@@ -109,3 +134,12 @@ def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match=r"cannot create directory '.*/file'"):
         ensure_private_directory(tmp_path / "file")
+
+
+def test_a_directory_is_synchronised_or_the_reason_is_said(tmp_path, monkeypatch):
+    synchronised = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synchronised.append(os.fstat(descriptor).st_ino))
+    sync_directory(tmp_path)
+    assert synchronised == [tmp_path.stat().st_ino]
+    with pytest.raises(StorageError, match="no such file or directory"):
+        sync_directory(tmp_path / "absent")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -72,7 +73,7 @@ async def assert_undisturbed(federation: Federation, name: str, rounds: int = RO
 
 
 def private_state(federation: Federation, silo: str, experiment: str) -> float:
-    held = Vault(federation.directory / f"silo-{silo}" / "vault").load(experiment)
+    held = Vault(federation.directory / f"silo-{silo}" / "vault").load(experiment, sys.maxsize)
     return float(held["own"][0]) if held else 0.0
 
 
@@ -427,13 +428,13 @@ async def test_14_nothing_is_sent_while_a_silos_disk_is_full(
         return put(self, result)
 
     monkeypatch.setattr(Spool, "put", fragile)
-    monkeypatch.setattr("silo.agent.DISK_RETRY_DELAY", 0.02)
+    monkeypatch.setattr("silo.stores.DISK_RETRY_DELAY", 0.02)
     federation.start_coordinator()
     federation.start_silo("north", FakeWorker(growing))
     await federation.create("cramped", make_spec(ROUNDS, ("north",)))
     await assert_undisturbed(federation, "cramped")
     complaints = [entry for entry in logs if entry["event"] == "nothing is sent until the disk accepts writes"]
-    assert len(complaints) == 3
+    assert len(complaints) == 1  # as long as the reason is the same
     await until(lambda: private_state(federation, "north", "cramped") == ROUNDS)
 
 

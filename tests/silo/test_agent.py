@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from silo.agent import Agent, OfferArrived, SessionDown, SessionUp, TensorsArriv
 from silo.ledger import CancelArrived, DrainOrdered, Reply, VerdictArrived
 from silo.policy import Policy
 from silo.spool import Spool
+from silo.stores import Stores
 from silo.vault import Vault
 from silo.work import WorkOrder, WorkOutcome
 from tests.fakes.workers import FakeWorker, report
@@ -71,7 +73,8 @@ class Site:
 
     async def start(self) -> None:
         metrics = SiloMetrics(CollectorRegistry())
-        self.agent = Agent(self.worker, self.worker.description, self.policy, (self.spool, self.vault), metrics)
+        stores = Stores(self.spool, self.vault, metrics)
+        self.agent = Agent(self.worker, self.worker.description, self.policy, stores, metrics)
         await self.agent.recover()
         self.running = asyncio.create_task(self.agent.run())
 
@@ -113,7 +116,7 @@ class Site:
         return sent
 
     def own(self, experiment_id: str = "e1") -> float:
-        found = self.vault.load(experiment_id)
+        found = self.vault.load(experiment_id, sys.maxsize)
         return float(found["own"][0]) if found else 0.0
 
 
@@ -162,7 +165,7 @@ async def test_private_tensors_advance_with_accepted_results_only(site: Site, ve
     await site.settled()
     assert site.own() == expected
     assert site.spool.load() == []
-    await site.do(offered("t2"))
+    await site.do(offered("t2", round_number=2))
     assert [float(order.private["own"][0]) if order.private else 0.0 for order in site.worker.orders] == [0, expected]
 
 
@@ -174,6 +177,23 @@ async def test_only_training_advances_private_tensors(site: Site, kind: TaskKind
     site.agent.submit(VerdictArrived("t1", Verdict.ACCEPTED))
     await asyncio.wait_for(site.agent.idle(), LIMIT)
     assert site.own() == 0
+
+
+async def test_a_round_that_a_restored_coordinator_repeats_begins_from_what_it_began_from_then(site: Site):
+    for round_number in (1, 2, 3):
+        await site.do(offered(f"t{round_number}", round_number=round_number))
+        site.agent.submit(VerdictArrived(f"t{round_number}", Verdict.ACCEPTED))
+        await asyncio.wait_for(site.agent.idle(), LIMIT)
+    assert site.own() == 3
+    await site.do(offered("evaluation", TaskKind.EVALUATE, round_number=2))  # the coordinator is at round 2 again
+    site.agent.submit(VerdictArrived("evaluation", Verdict.ACCEPTED))
+    await asyncio.wait_for(site.agent.idle(), LIMIT)
+    assert site.own() == 3
+    await site.do(offered("again", round_number=2))
+    site.agent.submit(VerdictArrived("again", Verdict.ACCEPTED))
+    await asyncio.wait_for(site.agent.idle(), LIMIT)
+    assert [float(order.private["own"][0]) for order in site.worker.orders[1:]] == [1, 2, 2, 1]
+    assert site.own() == 2
 
 
 async def test_a_result_outlives_the_daemon_and_is_sent_in_the_next_session(site: Site):
@@ -297,11 +317,11 @@ async def test_a_bug_in_the_worker_is_a_failed_task_and_not_a_silo_that_hangs(si
 
 
 async def test_damaged_private_tensors_fail_the_task_without_telling_where_they_lie(site: Site):
-    site.vault.promote("e1", {"own": np.ones(3, np.float32)})
-    (file,) = (site.directory / "vault").iterdir()
+    site.vault.promote("e1", 1, {"own": np.ones(3, np.float32)})
+    (file,) = (site.directory / "vault").glob("*/*")
     file.write_bytes(b"rubbish")
-    result, _ = await site.do(offered())
-    assert result.outcome == Failure(FailureReason.INTERNAL, "StorageError at the silo; see its log")
+    result, _ = await site.do(offered(round_number=2))
+    assert result.outcome == Failure(FailureReason.INTERNAL, "DamageError at the silo; see its log")
     assert site.worker.orders == []
 
 
@@ -393,7 +413,7 @@ async def test_a_task_the_policy_forbids_is_refused_with_the_reason(tmp_path: Pa
 
 
 async def test_a_full_disk_holds_the_result_back_until_there_is_space(site: Site, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("silo.agent.DISK_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("silo.stores.DISK_RETRY_DELAY", 0.01)
     refusals: list[str] = []
 
     def full_for_a_while(write: Callable[..., None]) -> Callable[..., None]:

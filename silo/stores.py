@@ -1,0 +1,88 @@
+"""What the agent keeps on disk: results in the spool, private tensors in the vault, checkpoints of tasks under way.
+
+Everything here waits for the disk in a thread. What must be durable is tried again until it is: while the disk refuses,
+nothing that depends on it is sent or begun, and the log says so.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import structlog
+
+from fedrt.errors import StorageError
+from fedrt.metrics import SiloMetrics
+from fedrt.task import Task, TaskKind
+from fedrt.tensors import Tensors
+from silo.complaint import Complaint
+from silo.spool import Spool, Spooled
+from silo.vault import Vault
+
+DISK_RETRY_DELAY = 2.0  # seconds between attempts while the disk refuses
+
+
+class Stores:
+    """A silo's spool and vault, for one caller at a time."""
+
+    def __init__(self, spool: Spool, vault: Vault, metrics: SiloMetrics) -> None:
+        self._spool = spool
+        self._vault = vault
+        self._metrics = metrics
+        self._log = structlog.get_logger("silo")
+        self._complaint = Complaint()
+
+    async def undelivered(self) -> list[Spooled]:
+        """The results that an earlier run of the daemon left. Raises `StorageError` if the spool cannot be read."""
+        found = await asyncio.to_thread(self._spool.load)
+        await asyncio.to_thread(self._count)
+        return found
+
+    async def private(self, task: Task) -> Tensors:
+        """The private tensors that a task begins from. Raises `StorageError`."""
+        # an evaluation of a round follows its training; training begins from what was accepted before
+        before = task.round_number + (task.kind is TaskKind.EVALUATE)
+        return await asyncio.to_thread(self._vault.load, task.experiment_id, before)
+
+    async def keep(self, spooled: Spooled) -> None:
+        """Return once the result is durable."""
+
+        def put() -> None:
+            self._spool.put(spooled)
+            self._count()
+
+        await self._until_durable(put)
+
+    async def promote(self, spooled: Spooled) -> None:
+        """Return once the private tensors that belong to an accepted result are current, and stay so."""
+        if spooled.private:
+            await self._until_durable(
+                lambda: self._vault.promote(spooled.experiment_id, spooled.round_number, spooled.private)
+            )
+
+    async def remove(self, task_id: str) -> None:
+        """Return once the result of a settled task is gone for good."""
+
+        def remove() -> None:
+            self._spool.remove(task_id)
+            self._count()
+
+        await self._until_durable(remove)
+
+    async def _until_durable(self, write: Callable[[], None]) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(write)
+            except StorageError as error:
+                if self._complaint.is_due(str(error)):
+                    self._log.error("nothing is sent until the disk accepts writes", reason=str(error))
+                await asyncio.sleep(DISK_RETRY_DELAY)
+                continue
+            if self._complaint.end():
+                self._log.info("the disk accepts writes again")
+            return
+
+    def _count(self) -> None:
+        with contextlib.suppress(StorageError):  # a number for the operator; the results matter
+            count, size = self._spool.size()
+            self._metrics.spool_results.set(count)
+            self._metrics.spool_bytes.set(size)

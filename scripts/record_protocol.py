@@ -217,7 +217,7 @@ def main() -> None:
         steps = asyncio.run(record(Path(directory) / "federation"))
     header = (
         f"Sessions of silo 'north' with its coordinator, protocol fedrt.v1, fedrt {fedrt.__version__}, recorded with\n"
-        f"the code of {commit.stdout.strip()} by scripts/record_protocol.py; tests/fakes/recording.py says how to read it."
+        f"the code of {commit.stdout.strip()} by scripts/record_protocol.py; tests/fakes/recording.py says how to read."
     )
     target = settings.into / f"{settings.label}.txt"
     recording.write(target, header, steps)

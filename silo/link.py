@@ -27,6 +27,7 @@ from fedrt.session.frames import (
     TaskProgress,
     TaskReply,
     TaskResult,
+    UnreadableAck,
     UnreadableOffer,
     Welcome,
 )
@@ -122,6 +123,9 @@ class CoordinatorSession:
                 if message:
                     self._log.warning("result not counted", task=task_id, message=message)
                 self._agent.submit(ledgers.VerdictArrived(task_id, verdict))
+            case UnreadableAck(task_id, message):
+                text = "verdict cannot be read; the result is kept and sent again; upgrade this silo"
+                self._log.warning(text, task=task_id, message=message)
             case Drain(message):
                 self._log.info("coordinator drains", message=message)
             case _:

@@ -15,6 +15,7 @@ from fedrt.certificates import Expectation
 from fedrt.errors import IdentityError, PayloadError, RemoteProtocolError
 from fedrt.identity import Role as IdentityRole
 from fedrt.metrics import SiloMetrics
+from fedrt.session.capabilities import OURS
 from fedrt.session.connection import Phase, Role, TaskPhase
 from fedrt.session.frames import (
     Drain,
@@ -212,6 +213,7 @@ class Link:
                     held_tasks=self._agent.held,
                     device=self._report.device,
                     memory_bytes=self._report.memory_bytes,
+                    capabilities=OURS,
                 )
             )
             try:

@@ -70,16 +70,23 @@ class RecordedSilo:
 
 
 @dataclass
-class _Dialled:
+class Dialled:
     """A session that a silo has opened; the player reads and writes, the handler only keeps it alive."""
 
     context: Any
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def read(self) -> Any:
+        """The next frame that is not advisory; None if the silo has ended the session."""
         async with asyncio.timeout(LIMIT):
-            data = await self.context.read()
-        return None if data is grpc.aio.EOF else session_pb.OpenSessionRequest.FromString(data)
+            while (data := await self.context.read()) is not grpc.aio.EOF:
+                message = session_pb.OpenSessionRequest.FromString(data)
+                if not is_advisory(message):
+                    return message
+        return None
+
+    async def say(self, **frame: Any) -> None:
+        await self.context.write(session_pb.OpenSessionResponse(**frame).SerializeToString())
 
 
 @dataclass
@@ -89,7 +96,7 @@ class RecordedCoordinator:
     federation: Federation
     worker: HeldWorker
     hellos: list[session_pb.Hello] = field(default_factory=list)
-    _dialled: asyncio.Queue[_Dialled] = field(default_factory=asyncio.Queue)
+    _dialled: asyncio.Queue[Dialled] = field(default_factory=asyncio.Queue)
 
     @contextlib.asynccontextmanager
     async def started(self) -> AsyncIterator["RecordedCoordinator"]:
@@ -110,14 +117,19 @@ class RecordedCoordinator:
 
     async def _session(self, requests: Any, context: Any) -> None:
         await context.send_initial_metadata(())
-        dialled = _Dialled(context)
+        dialled = Dialled(context)
         self._dialled.put_nowait(dialled)
         await dialled.ended.wait()
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection is cut")
 
+    async def dialled(self) -> Dialled:
+        """The next session of the silo, from Hello on."""
+        async with asyncio.timeout(LIMIT):
+            return await self._dialled.get()
+
     async def play(self, steps: list[Step]) -> None:
         """`stop` has no effect here: the caller stops the daemon when `play` has come to it."""
-        session: _Dialled | None = None
+        session: Dialled | None = None
         is_introduced = False
         for step in steps:
             match step.what:
@@ -127,8 +139,6 @@ class RecordedCoordinator:
                     session, is_introduced = await self._introduced(step), True
                 case "silo" if not is_advisory(step.message):
                     heard = await session.read()
-                    while heard is not None and is_advisory(heard):
-                        heard = await session.read()
                     assert heard is not None, f"the silo ended the session instead of {step.kind}"
                     assert comparable(heard) == comparable(step.message)
                 case "coordinator":
@@ -140,11 +150,11 @@ class RecordedCoordinator:
                 case "stop":
                     self.federation.running[next(iter(self.federation.running))].lifecycle.stopping.set()
 
-    async def _introduced(self, step: Step) -> _Dialled:
+    async def _introduced(self, step: Step) -> Dialled:
         """The session that begins as recorded; a silo that is not so far yet has to dial again."""
         async with asyncio.timeout(LIMIT):
             while True:
-                session = await self._dialled.get()
+                session = await self.dialled()
                 heard = await session.read()
                 if comparable(heard) == comparable(step.message):
                     self.hellos.append(heard.hello)

@@ -29,6 +29,7 @@ from silo.work import WorkerReport, WorkOrder, WorkOutcome
 from tests.fakes.workers import FakeWorker, report
 
 LIMIT = 30.0  # seconds that anything may take
+UNKNOWN_FIELD = b"\xfa\x06\x03abc"  # field 111, three bytes; beside no known field it is an unknown frame
 CONTEXT_DIM, FEATURE_DIM = 8, 4
 HYPERPARAMETERS = '{"context_init":null,"context_length":16}'  # tensors of 512 bytes
 # What may differ from one run, or one version, to the next: times, durations, versions, the name of a session.
@@ -90,6 +91,23 @@ def comparable(message: Any) -> Any:
         if message.task_result.HasField("failure"):
             kept.task_result.CopyFrom(message.task_result)  # touching `success` above has set it
     return kept
+
+
+def later(steps: list[Step], speaker: str) -> list[Step]:
+    """The same, but this speaker is of a later version: fields and frames that nobody has invented yet."""
+    changed = []
+    for step in steps:
+        if step.what != speaker:
+            changed.append(step)
+            continue
+        message = step.message
+        getattr(message, step.kind).MergeFromString(UNKNOWN_FIELD)
+        data = message.SerializeToString() + UNKNOWN_FIELD
+        changed += [
+            Step(speaker, (step.kind, base64.b64encode(data).decode())),
+            Step(speaker, ("later", base64.b64encode(UNKNOWN_FIELD).decode())),
+        ]
+    return changed
 
 
 def is_advisory(message: Any) -> bool:

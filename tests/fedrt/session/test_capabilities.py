@@ -1,6 +1,8 @@
 """What a silo of another version may be asked, by the names in its Hello."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,12 @@ def with_views(count, kind=TaskKind.TRAIN):
 def test_our_own_names_are_those_of_the_table_and_fit_into_hello():
     assert OURS == ("views",)
     assert Hello("1", capabilities=OURS).capabilities == OURS
+
+
+def test_the_document_has_the_same_table():
+    text = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
+    table = text.partition("| capability |")[2].partition("\n\n")[0]
+    assert tuple(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)) == OURS
 
 
 def test_a_silo_that_names_nothing_is_one_of_protocol_1_0():

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import functools
 import os
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 
 import structlog
@@ -12,8 +14,10 @@ import fedrt
 from coordinator import intake
 from coordinator.admin_service import AdminService
 from coordinator.config import CoordinatorConfig
+from coordinator.integrity import check_at_start
 from coordinator.listeners import admin_listeners, make_health, session_listener
 from coordinator.orchestrator import Orchestrator
+from coordinator.retention import collect_daily
 from coordinator.session_service import SessionLimits, SessionService
 from coordinator.store import Store
 from fedrt.certificates import Expectation
@@ -41,6 +45,7 @@ async def serve(config: CoordinatorConfig, lifecycle: Lifecycle) -> None:
         stack.callback(lock.release)
         store = Store(config.state_directory)
         stack.callback(store.close)
+        await asyncio.to_thread(check_at_start, store)
         orchestrator = Orchestrator(store, metrics)
         stack.push_async_callback(orchestrator.close)
         sessions = SessionService(orchestrator, metrics, _limits(config))
@@ -48,7 +53,9 @@ async def serve(config: CoordinatorConfig, lifecycle: Lifecycle) -> None:
             stack.callback(serve_metrics(config.metrics.listen, registry).close)
         await orchestrator.recover()
         admin = AdminService(orchestrator, store, config.limits.max_payload)
-        await _run(config, lifecycle, orchestrator, (sessions, admin))
+        place, updates = config.state_directory, config.retention.updates
+        collect = functools.partial(collect_daily, orchestrator.in_store, store, place, updates)
+        await _run(config, lifecycle, orchestrator, (sessions, admin), collect)
     structlog.get_logger("coordinator").info("coordinator stopped")
 
 
@@ -57,26 +64,29 @@ async def _run(
     lifecycle: Lifecycle,
     orchestrator: Orchestrator,
     services: tuple[SessionService, AdminService],
+    collect: Callable[[], Coroutine[None, None, None]],
 ) -> None:
     log = structlog.get_logger("coordinator")
     sessions, admin = services
     health = await make_health()
     stopping = asyncio.create_task(lifecycle.stopping.wait())
-    loop = asyncio.create_task(orchestrator.run())
+    working = [asyncio.create_task(orchestrator.run()), asyncio.create_task(collect())]
     try:
         async with session_listener(config, sessions, health) as address, admin_listeners(config, admin, health):
             log.info("coordinator serves", version=fedrt.__version__, federation=config.federation, sessions=address)
             lifecycle.ready(f"serving federation {config.federation} on {address}")
-            await asyncio.wait({stopping, loop}, return_when=asyncio.FIRST_COMPLETED)
-            if loop.done():
-                loop.result()  # the orchestrator ends by itself only with a reason: let it be seen
+            await asyncio.wait({stopping, *working}, return_when=asyncio.FIRST_COMPLETED)
+            for task in working:
+                if task.done():
+                    task.result()  # neither ends by itself without a reason: let it be seen
             log.info("coordinator drains")
             await health.enter_graceful_shutdown()
             await sessions.drain(config.shutdown_grace)
     finally:
         stopping.cancel()
-        loop.cancel()
-        await asyncio.gather(stopping, loop, return_exceptions=True)
+        for task in working:
+            task.cancel()
+        await asyncio.gather(stopping, *working, return_exceptions=True)
 
 
 def _limits(config: CoordinatorConfig) -> SessionLimits:

@@ -2,15 +2,18 @@
 
 import hashlib
 import mmap
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from fedrt.errors import DamageError
-from fedrt.statefile import ensure_private_directory, move_durably, remove_unfinished, write_atomic
+from fedrt.statefile import ensure_private_directory, move_durably, remove_unfinished, storage_error, write_atomic
 
 INLINE_BYTES = 1 << 20  # up to here one commit of the database is cheaper than two synchronised files
 
@@ -31,6 +34,11 @@ def blob_size(blob: Blob) -> int:
     return blob.byte_count if isinstance(blob, Landed) else len(blob)
 
 
+def lies_in_file(byte_count: int) -> bool:
+    """Whether a blob of this size is a file `blobs/<digest>` and not in the database."""
+    return byte_count > INLINE_BYTES
+
+
 metadata = sa.MetaData()
 blobs_table = sa.Table(
     "blobs",
@@ -41,6 +49,7 @@ blobs_table = sa.Table(
 )
 
 
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _INSERT = insert(blobs_table).on_conflict_do_nothing()
 _SELECT = sa.select(blobs_table).where(blobs_table.c.sha256 == sa.bindparam("digest"))
 
@@ -48,27 +57,65 @@ _SELECT = sa.select(blobs_table).where(blobs_table.c.sha256 == sa.bindparam("dig
 class Blobs:
     """Content-addressed bytes. Used by the store's thread only."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, read_only: bool = False) -> None:
         self._directory = directory
         self._intact: set[str] = set()  # large blobs that this process has written or checked
+        self._unsettled: set[str] = set()  # large blobs of a commit that is not through; it may be tried again
+        if read_only:
+            return
         ensure_private_directory(directory)
         remove_unfinished(directory)
 
     def put_large(self, blobs: Mapping[str, Blob]) -> None:
-        """Make the large blobs durable before the transaction that names them. Raises `StorageError`."""
-        for digest, blob in blobs.items():
-            path = self._path(digest)
-            if blob_size(blob) <= INLINE_BYTES:
-                continue
-            if path.exists():
+        """Make the large blobs durable before the transaction that names them. Raises `StorageError`.
+
+        A file that is there already, and of which this process knows nothing, is replaced: it may be damaged.
+        """
+        large = {digest: blob for digest, blob in blobs.items() if lies_in_file(blob_size(blob))}
+        self._unsettled |= large.keys()
+        for digest, blob in large.items():
+            path = self.path(digest)
+            if digest in self._intact and path.exists():
                 if isinstance(blob, Landed):
                     blob.path.unlink(missing_ok=True)
                 continue
             if isinstance(blob, Landed):
-                move_durably(blob.path, path)
+                moved = not blob.path.exists()  # by an attempt that failed in the next moment
+                move_durably(path if moved else blob.path, path)
             else:
                 write_atomic(path, blob)
             self._intact.add(digest)
+
+    def settle(self) -> None:
+        """The transaction that names the blobs is through; without it they are what nothing needs."""
+        self._unsettled.clear()
+
+    def unsettled(self, digest: str) -> bool:
+        """Whether a commit that was not through has put this large blob, and may be tried again."""
+        return digest in self._unsettled
+
+    def files(self) -> list[str]:
+        """The digests of all large blobs that lie there, whether anything needs them or not. Raises `StorageError`."""
+        try:
+            return sorted(path.name for path in self._directory.iterdir() if _DIGEST.fullmatch(path.name))
+        except OSError as error:
+            raise storage_error("list", self._directory, error) from error
+
+    def remove_file(self, digest: str) -> int:
+        """Remove a large blob that nothing needs; returns its bytes, 0 if it was not there. Raises `StorageError`.
+
+        Whoever has it mapped keeps what they have.
+        """
+        path = self.path(digest)
+        self._intact.discard(digest)
+        try:
+            byte_count = path.stat().st_size
+            path.unlink()
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise storage_error("remove", path, error) from error
+        return byte_count
 
     def put(self, connection: sa.Connection, blobs: Mapping[str, Blob]) -> None:
         """Record the blobs, with their bytes where they are small."""
@@ -84,26 +131,46 @@ class Blobs:
             connection.execute(_INSERT, rows)
 
     def get(self, connection: sa.Connection, digest: str) -> memoryview:
-        """The bytes; a large blob is mapped, not read. Raises `StorageError` if they are missing or damaged."""
+        """The bytes; a large blob is mapped, not read. Raises `DamageError` if they are missing or damaged."""
         row = connection.execute(_SELECT, {"digest": digest}).first()
+        known = row is not None and row.data is None and digest in self._intact
+        problem = None if known else self._problem(row, digest)
+        if row is not None and problem is None:
+            data = memoryview(row.data) if row.data is not None else self._map(digest)
+            if len(data) == row.byte_count:
+                return data
+            problem = f"blob {digest} is damaged"
+        raise DamageError(f"{problem}; restore the state directory from a backup")
+
+    def problem(self, connection: sa.Connection, digest: str) -> str | None:
+        """What is wrong with a blob, after reading it from the first byte to the last; None if it is whole."""
+        return self._problem(connection.execute(_SELECT, {"digest": digest}).first(), digest)
+
+    def _problem(self, row: sa.Row[Any] | None, digest: str) -> str | None:
         if row is None:
-            raise DamageError(f"blob {digest} is missing from the store; restore the state directory from a backup")
-        data = memoryview(row.data) if row.data is not None else self._map(digest)
-        damaged = digest not in self._intact and hashlib.sha256(data).hexdigest() != digest
-        if damaged or len(data) != row.byte_count:
-            raise DamageError(f"blob {digest} is damaged; restore the state directory from a backup")
-        if row.data is None:
+            return f"blob {digest} is missing from the store"
+        if row.data is not None:
+            whole = len(row.data) == row.byte_count and hashlib.sha256(row.data).hexdigest() == digest
+            return None if whole else f"blob {digest} is damaged"
+        try:
+            with self.path(digest).open("rb") as file:  # not mapped: a sector that cannot be read is an error then
+                whole = os.fstat(file.fileno()).st_size == row.byte_count
+                whole = whole and hashlib.file_digest(file, "sha256").hexdigest() == digest
+        except OSError as error:
+            return f"blob file '{self.path(digest)}' cannot be read ({error.strerror})"
+        if whole:
             self._intact.add(digest)
-        return data
+        return None if whole else f"blob {digest} is damaged"
 
     def _map(self, digest: str) -> memoryview:
         try:
-            with self._path(digest).open("rb") as file:
+            with self.path(digest).open("rb") as file:
                 return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError) as error:
             raise DamageError(
-                f"blob file '{self._path(digest)}' cannot be read ({error}); restore the state directory from a backup"
+                f"blob file '{self.path(digest)}' cannot be read ({error}); restore the state directory from a backup"
             ) from error
 
-    def _path(self, digest: str) -> Path:
+    def path(self, digest: str) -> Path:
+        """Where a large blob lies."""
         return self._directory / digest

@@ -14,7 +14,7 @@ from coordinator.config import CoordinatorConfig, load_coordinator_config
 from fedrt.certificates import Expectation
 from fedrt.config import effective_yaml, json_schema
 from fedrt.daemon import Lifecycle, prepare_grpc, report, run_daemon
-from fedrt.errors import FedrtError
+from fedrt.errors import ExitCode, FedrtError
 from fedrt.identity import Role
 from fedrt.log import reload_level
 
@@ -52,6 +52,34 @@ def check_config(config: Config) -> None:
         raise typer.Exit(report(error)) from None
     sys.stdout.write(effective_yaml(loaded))
     typer.echo(f"# {identity.identity}, certificate valid until {identity.credential.not_after:%Y-%m-%d %H:%M} UTC")
+
+
+@app.command()
+def verify(
+    config: Config, as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False
+) -> None:
+    """Check every record and every tensor in the store, also while the coordinator runs; exit code 1 for damage."""
+    from coordinator.verification import verify as verify_store  # noqa: PLC0415  # imports the database
+
+    try:
+        found = verify_store(load_coordinator_config(config).state_directory)
+    except FedrtError as error:
+        raise typer.Exit(report(error)) from None
+    typer.echo(json.dumps(found.as_json(), indent=2) if as_json else found.as_text())
+    raise typer.Exit(ExitCode.DONE if found.whole else ExitCode.INTERNAL)
+
+
+@app.command()
+def collect(config: Config) -> None:
+    """Remove what the store no longer needs, of a coordinator that is stopped; a running one does it once a day."""
+    from coordinator.retention import collect_by_hand  # noqa: PLC0415  # imports the database
+
+    try:
+        loaded = load_coordinator_config(config)
+        freed = collect_by_hand(loaded.state_directory, loaded.retention.updates)
+    except FedrtError as error:
+        raise typer.Exit(report(error)) from None
+    typer.echo(str(freed))
 
 
 @app.command()

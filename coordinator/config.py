@@ -1,9 +1,10 @@
 """What a coordinator's operator sets: the keys of coordinator.yaml."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from fedrt.config import (
     FederationName,
@@ -16,14 +17,47 @@ from fedrt.config import (
     load_yaml,
     size,
 )
-from fedrt.notation import Address, Duration, Size, bounded, format_duration, format_size
+from fedrt.notation import Address, Duration, Size, bounded, format_duration, format_size, parse_duration
 
 MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un of Linux, less the final zero
 MIN_PAYLOAD_LIMIT = 64 * 1024
+_RETENTION_PATTERN = r"^(forever|(?=.)([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?)$"
+FOREVER, MIN_RETENTION, MAX_RETENTION = "forever", "1h", "36500d"
 
 
 def _default_socket(values: dict[str, Any]) -> Path:
     return Path(values["state_directory"]) / "admin.sock"
+
+
+def _parse_retention(value: object) -> float:
+    if value == FOREVER:
+        return math.inf
+    try:
+        seconds = parse_duration(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; or {FOREVER}") from None
+    if not parse_duration(MIN_RETENTION) <= seconds <= parse_duration(MAX_RETENTION):
+        raise ValueError(f"must be between {MIN_RETENTION} and {MAX_RETENTION}, or {FOREVER}")
+    return seconds
+
+
+def _format_retention(seconds: float) -> str:
+    return FOREVER if math.isinf(seconds) else format_duration(seconds)
+
+
+Retention = Annotated[
+    float,
+    BeforeValidator(_parse_retention),
+    PlainSerializer(_format_retention, return_type=str, when_used="json"),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": rf"^({FOREVER}|(?=.)([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?)$",
+            "examples": ["90d"],
+        }
+    ),
+]
+"""Seconds that something is kept; infinity for "forever"."""
 
 
 class ListenSection(Section):
@@ -58,6 +92,16 @@ class LimitsSection(Section):
         return self
 
 
+class RetentionSection(Section):
+    """How long the coordinator keeps what nothing needs to go on."""
+
+    updates: Retention = Field(
+        default=math.inf,
+        description="How long the updates of an experiment are kept after its end; a replay needs them",
+        json_schema_extra={"default": "forever"},
+    )
+
+
 class CoordinatorConfig(Section):
     """The keys of coordinator.yaml."""
 
@@ -76,6 +120,9 @@ class CoordinatorConfig(Section):
         "5s", "Silence after which a session counts as lost"
     )
     limits: LimitsSection = Field(default_factory=LimitsSection, description="What silos may use of the coordinator")
+    retention: RetentionSection = Field(
+        default_factory=RetentionSection, description="How long is kept what no experiment needs to go on"
+    )
     metrics: MetricsSection | None = Field(default=None, description="Prometheus metrics; none if not set")
     log: LogSection = Field(default_factory=LogSection, description="What is logged to stderr")
     shutdown_grace: Annotated[Duration, bounded("0s", "1d")] = duration(

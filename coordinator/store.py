@@ -4,144 +4,52 @@ One transaction writes one `Changes`; when `commit` returns, it is on disk. All 
 one thread of their own.
 """
 
-import json
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
-from pydantic import TypeAdapter
-from sqlalchemy.dialects.sqlite import insert
 
-from coordinator.blobs import Blobs, metadata
+from coordinator import tables
+from coordinator.blobs import Blobs, blobs_table
+from coordinator.database import Guard, connect
+from coordinator.documents import CHECKPOINT, EXPERIMENT, SILO, TASK, load, load_event
 from coordinator.experiments import Experiment, ExperimentState
-from coordinator.records import Changes, Checkpoint, Event, NumberedEvent, SiloRecord, TaskRecord, TensorsRef
-from fedrt.errors import DamageError, PayloadError, SpecError, StorageError
-from fedrt.statefile import ensure_private_directory, storage_error
+from coordinator.records import Changes, Checkpoint, NumberedEvent, SiloRecord, TaskRecord, TensorsRef
+from coordinator.schema import check_current, make_current
+from fedrt.errors import DamageError, StorageError
+from fedrt.statefile import ensure_private_directory
 
-SCHEMA_VERSION = 2  # 1 kept an experiment's seed elsewhere
-_DAMAGED = "a record in the store is damaged; restore the state directory from a backup"
-
-_T = TypeVar("_T")
-
-_experiments = sa.Table(
-    "experiments",
-    metadata,
-    sa.Column("experiment_id", sa.String(63), primary_key=True),
-    sa.Column("state", sa.String(16), nullable=False, index=True),
-    sa.Column("create_time", sa.Float, nullable=False, index=True),
-    sa.Column("document", sa.Text, nullable=False),
-)
-_tasks = sa.Table(
-    "tasks",
-    metadata,
-    sa.Column("task_id", sa.String(200), primary_key=True),
-    sa.Column("experiment_id", sa.String(63), nullable=False),
-    sa.Column("round_number", sa.Integer, nullable=False),
-    sa.Column("document", sa.Text, nullable=False),
-    sa.Index("tasks_by_round", "experiment_id", "round_number"),
-)
-_checkpoints = sa.Table(
-    "checkpoints",
-    metadata,
-    sa.Column("experiment_id", sa.String(63), primary_key=True),
-    sa.Column("round_number", sa.Integer, primary_key=True),
-    sa.Column("document", sa.Text, nullable=False),
-)
-_silos = sa.Table(
-    "silos",
-    metadata,
-    sa.Column("silo_id", sa.String(63), primary_key=True),
-    sa.Column("document", sa.Text, nullable=False),
-)
-_events = sa.Table(
-    "events",
-    metadata,
-    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("time", sa.Float, nullable=False),
-    sa.Column("experiment_id", sa.String(63), nullable=False, index=True),
-    sa.Column("document", sa.Text, nullable=False),
-    sqlite_autoincrement=True,
-)
-
-
-def _upsert(table: sa.Table) -> sa.Insert:
-    statement = insert(table)
-    keys = [column.name for column in table.primary_key]
-    others = {column.name: statement.excluded[column.name] for column in table.columns if column.name not in keys}
-    return statement.on_conflict_do_update(index_elements=keys, set_=others)
-
-
-# Built once: building a statement costs more than executing it.
-_UPSERT: dict[str, sa.Insert] = {
-    table.name: _upsert(table) for table in (_experiments, _tasks, _checkpoints, _silos)
-} | {_events.name: insert(_events)}
-
-_EXPERIMENT: TypeAdapter[Experiment] = TypeAdapter(Experiment)
-_TASK: TypeAdapter[TaskRecord] = TypeAdapter(TaskRecord)
-_CHECKPOINT: TypeAdapter[Checkpoint] = TypeAdapter(Checkpoint)
-_SILO: TypeAdapter[SiloRecord] = TypeAdapter(SiloRecord)
-_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
-
-
-def _dump(adapter: TypeAdapter[Any], value: object) -> str:
-    return adapter.dump_json(value).decode()
-
-
-def _dump_event(event: Event) -> str:
-    return json.dumps({"kind": type(event).__name__, "event": _EVENT.dump_python(event, mode="json")})
-
-
-def _load(adapter: TypeAdapter[_T], document: str) -> _T:
-    try:
-        return adapter.validate_json(document)
-    except (ValueError, SpecError, PayloadError) as error:
-        raise DamageError(_DAMAGED) from error
-
-
-def _load_event(document: str) -> Event:
-    try:
-        parsed = json.loads(document)
-        adapter: TypeAdapter[Event] = _EVENT_KINDS[parsed["kind"]]
-        return adapter.validate_python(parsed["event"])
-    except (ValueError, KeyError, PayloadError) as error:
-        raise DamageError(_DAMAGED) from error
-
-
-_EVENT_KINDS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for kind in Event.__args__}
+FILE_NAME = "coordinator.db"
 
 
 class Store:
-    """The coordinator's memory. Opening creates what is missing; damage and a newer schema are a `StorageError`."""
+    """The coordinator's memory. Opening creates what is missing; damage and a newer schema are a `StorageError`.
 
-    def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
-        ensure_private_directory(directory)
+    With `read_only` it may be opened beside a running coordinator: it creates, migrates and removes nothing (SQLite may
+    leave its own `-wal` and `-shm`), and it is a `StorageError` if there is no store or one of another schema.
+    """
+
+    def __init__(self, directory: Path, clock: Callable[[], float] = time.time, read_only: bool = False) -> None:
         self._clock = clock
-        self._blobs = Blobs(directory / "blobs")
-        path = directory / "coordinator.db"
-        self._engine = sa.create_engine(
-            f"sqlite:///{path}", poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False}
-        )
-        sa.event.listen(self._engine, "connect", _configure)
-        with self._guarded("open", path):
-            path.touch(mode=0o600)
-            with self._engine.begin() as connection:
-                version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-                if version > SCHEMA_VERSION:
-                    raise StorageError(
-                        f"store '{path}' was written by a newer fedrt (schema {version}, this one knows "
-                        f"{SCHEMA_VERSION}); install the newer version"
-                    )
-                if 0 < version < SCHEMA_VERSION:
-                    raise StorageError(
-                        f"store '{path}' was written by a development version of fedrt (schema {version}, this one "
-                        f"knows {SCHEMA_VERSION}); keep that version for its experiments, or start with an empty "
-                        "state directory"
-                    )
-                metadata.create_all(connection)
-                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self._read_only = read_only
+        path = directory / FILE_NAME
+        if read_only:
+            if not path.is_file():
+                raise StorageError(f"there is no store at '{path}'; check state_directory")
+        else:
+            ensure_private_directory(directory)
+        self.blobs = Blobs(directory / "blobs", read_only)
+        self._engine = connect(path, read_only)
+        with Guard("open", path):
+            if not read_only:
+                path.touch(mode=0o600)
+                make_current(self._engine, path)
+                return
+            with self._engine.connect() as connection:
+                check_current(connection, path)
 
     def close(self) -> None:
         """Release the file."""
@@ -149,143 +57,112 @@ class Store:
 
     def commit(self, changes: Changes) -> None:
         """Write everything or nothing, durably. Raises `StorageError`."""
+        if self._read_only:
+            raise ValueError("a store that was opened to be read cannot be written")
         now = self._clock()
-        with self._guarded("write", "the coordinator's store"):
-            self._blobs.put_large(changes.blobs)
+        with Guard("write"):
+            self.blobs.put_large(changes.blobs)
             with self._engine.begin() as connection:
-                self._blobs.put(connection, changes.blobs)
-                for table, rows in _rows(changes, now):
+                self.blobs.put(connection, changes.blobs)
+                for table, rows in tables.rows_of(changes, now):
                     if rows:
-                        connection.execute(_UPSERT[table.name], rows)
+                        connection.execute(tables.UPSERT[table.name], rows)
+            self.blobs.settle()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sa.Connection]:
+        """A connection whose changes are all durable after the block, or none. Raises `StorageError`."""
+        with Guard("write"), self._engine.begin() as connection:
+            yield connection
 
     def active_experiments(self) -> list[Experiment]:
         """Those that have not ended, oldest first."""
         ended = [state.value for state in ExperimentState if state.has_ended]
-        query = sa.select(_experiments.c.document).where(_experiments.c.state.not_in(ended))
-        rows = self._all(query.order_by(_experiments.c.create_time))
-        return [_load(_EXPERIMENT, row.document) for row in rows]
+        query = sa.select(tables.experiments.c.document).where(tables.experiments.c.state.not_in(ended))
+        rows = self.rows(query.order_by(tables.experiments.c.create_time))
+        return [load(EXPERIMENT, row.document) for row in rows]
 
     def experiment(self, experiment_id: str) -> Experiment | None:
         """One experiment, or None."""
-        query = sa.select(_experiments.c.document).where(_experiments.c.experiment_id == experiment_id)
-        rows = self._all(query)
-        return _load(_EXPERIMENT, rows[0].document) if rows else None
+        query = sa.select(tables.experiments.c.document).where(tables.experiments.c.experiment_id == experiment_id)
+        rows = self.rows(query)
+        return load(EXPERIMENT, rows[0].document) if rows else None
 
     def experiments(self, limit: int, offset: int) -> list[Experiment]:
         """A page of experiments, newest first."""
-        order = (_experiments.c.create_time.desc(), _experiments.c.experiment_id)
-        query = sa.select(_experiments.c.document).order_by(*order).limit(limit).offset(offset)
-        return [_load(_EXPERIMENT, row.document) for row in self._all(query)]
+        order = (tables.experiments.c.create_time.desc(), tables.experiments.c.experiment_id)
+        query = sa.select(tables.experiments.c.document).order_by(*order).limit(limit).offset(offset)
+        return [load(EXPERIMENT, row.document) for row in self.rows(query)]
 
     def task(self, task_id: str) -> TaskRecord | None:
         """One task, or None if it was never offered."""
-        rows = self._all(sa.select(_tasks.c.document).where(_tasks.c.task_id == task_id))
-        return _load(_TASK, rows[0].document) if rows else None
+        rows = self.rows(sa.select(tables.tasks.c.document).where(tables.tasks.c.task_id == task_id))
+        return load(TASK, rows[0].document) if rows else None
 
     def round_tasks(self, experiment_id: str, round_number: int) -> list[TaskRecord]:
         """The tasks of a round, all kinds and attempts."""
-        place = (_tasks.c.experiment_id == experiment_id) & (_tasks.c.round_number == round_number)
-        return [_load(_TASK, row.document) for row in self._all(sa.select(_tasks.c.document).where(place))]
+        place = (tables.tasks.c.experiment_id == experiment_id) & (tables.tasks.c.round_number == round_number)
+        return [load(TASK, row.document) for row in self.rows(sa.select(tables.tasks.c.document).where(place))]
 
     def checkpoint(self, experiment_id: str) -> Checkpoint | None:
         """What an experiment has learned so far, or None before its initial tensors exist."""
-        query = sa.select(_checkpoints.c.document).where(_checkpoints.c.experiment_id == experiment_id)
-        rows = self._all(query.order_by(_checkpoints.c.round_number.desc()).limit(1))
-        return _load(_CHECKPOINT, rows[0].document) if rows else None
+        query = sa.select(tables.checkpoints.c.document).where(tables.checkpoints.c.experiment_id == experiment_id)
+        rows = self.rows(query.order_by(tables.checkpoints.c.round_number.desc()).limit(1))
+        return load(CHECKPOINT, rows[0].document) if rows else None
+
+    def tasks(self, experiment_id: str) -> list[TaskRecord]:
+        """All tasks of an experiment, by round and name; the tensors of one may have been forgotten since."""
+        query = sa.select(tables.tasks.c.document).where(tables.tasks.c.experiment_id == experiment_id)
+        rows = self.rows(query.order_by(tables.tasks.c.round_number, tables.tasks.c.task_id))
+        return [load(TASK, row.document) for row in rows]
+
+    def checkpoints(self, experiment_id: str) -> list[Checkpoint]:
+        """All checkpoints of an experiment, by round."""
+        query = sa.select(tables.checkpoints.c.document).where(tables.checkpoints.c.experiment_id == experiment_id)
+        rows = self.rows(query.order_by(tables.checkpoints.c.round_number))
+        return [load(CHECKPOINT, row.document) for row in rows]
+
+    def referenced_blobs(self) -> dict[str, int]:
+        """The bytes of each blob that a task or a checkpoint needs, by digest.
+
+        `coordinator.blobs.lies_in_file` says which are files. Raises `DamageError` if the store lacks one.
+        """
+        join = tables.needed_blobs.outerjoin(blobs_table, blobs_table.c.sha256 == tables.needed_blobs.c.sha256)
+        columns = (tables.needed_blobs.c.sha256, blobs_table.c.byte_count)
+        rows = self.rows(sa.select(*columns).select_from(join).order_by(tables.needed_blobs.c.sha256))
+        if missing := [row.sha256 for row in rows if row.byte_count is None]:
+            raise DamageError(f"blob {missing[0]} is missing from the store; restore the state directory from a backup")
+        return {row.sha256: row.byte_count for row in rows}
+
+    def forgotten_tasks(self, experiment_id: str) -> frozenset[str]:
+        """The tasks of an experiment whose tensors `retention.updates` let go; their records still name the digests."""
+        query = sa.select(tables.tasks.c.task_id).where(tables.tasks.c.experiment_id == experiment_id, tables.forgotten)
+        return frozenset(row.task_id for row in self.rows(query))
 
     def silos(self) -> list[SiloRecord]:
         """Every silo ever met, by name."""
-        rows = self._all(sa.select(_silos.c.document).order_by(_silos.c.silo_id))
-        return [_load(_SILO, row.document) for row in rows]
+        rows = self.rows(sa.select(tables.silos.c.document).order_by(tables.silos.c.silo_id))
+        return [load(SILO, row.document) for row in rows]
 
     def events(self, after: int, experiment_id: str, limit: int) -> list[NumberedEvent]:
         """Events after a number, oldest first; of one experiment unless the id is empty."""
-        query = sa.select(_events).where(_events.c.number > after)
+        query = sa.select(tables.events).where(tables.events.c.number > after)
         if experiment_id:
-            query = query.where(_events.c.experiment_id == experiment_id)
-        rows = self._all(query.order_by(_events.c.number).limit(limit))
-        return [NumberedEvent(row.number, row.time, _load_event(row.document)) for row in rows]
+            query = query.where(tables.events.c.experiment_id == experiment_id)
+        rows = self.rows(query.order_by(tables.events.c.number).limit(limit))
+        return [NumberedEvent(row.number, row.time, load_event(row.document)) for row in rows]
+
+    def blob_problem(self, digest: str) -> str | None:
+        """What is wrong with a blob, after reading all of it; None if it is whole. Raises `StorageError`."""
+        with Guard("read"), self._engine.connect() as connection:
+            return self.blobs.problem(connection, digest)
 
     def blob(self, ref: TensorsRef) -> memoryview:
         """The packed bytes of tensors. Raises `StorageError` if they are missing or damaged."""
-        with self._guarded("read", "the coordinator's store"), self._engine.connect() as connection:
-            return self._blobs.get(connection, ref.sha256)
+        with Guard("read"), self._engine.connect() as connection:
+            return self.blobs.get(connection, ref.sha256)
 
-    def _all(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
-        with self._guarded("read", "the coordinator's store"), self._engine.connect() as connection:
+    def rows(self, query: sa.Executable) -> Sequence[sa.Row[Any]]:
+        """What a query of `coordinator.tables` finds. Raises `StorageError`."""
+        with Guard("read"), self._engine.connect() as connection:
             return connection.execute(query).all()
-
-    def _guarded(self, action: str, what: Path | str) -> AbstractContextManager[None]:
-        return _Guard(action, what)
-
-
-class _Guard(AbstractContextManager[None]):
-    """Turns what the database raises into a `StorageError` that says what to do."""
-
-    def __init__(self, action: str, what: Path | str) -> None:
-        self._action, self._what = action, what
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise storage_error(self._action, Path(self._what), error) from error
-        if isinstance(error, sa.exc.DBAPIError):
-            raise StorageError(
-                f"cannot {self._action} {self._what}: {error.orig}; check free space, file modes and the disk"
-            ) from error
-
-
-def _configure(connection: Any, record: object) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = FULL")  # a commit survives a power cut
-    cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.close()
-
-
-def _rows(changes: Changes, now: float) -> Iterator[tuple[sa.Table, list[dict[str, Any]]]]:
-    yield (
-        _experiments,
-        [
-            {
-                "experiment_id": experiment.experiment_id,
-                "state": experiment.state.value,
-                "create_time": experiment.create_time,
-                "document": _dump(_EXPERIMENT, experiment),
-            }
-            for experiment in changes.experiments.values()
-        ],
-    )
-    yield (
-        _tasks,
-        [
-            {
-                "task_id": task.task_id,
-                "experiment_id": task.experiment_id,
-                "round_number": task.round_number,
-                "document": _dump(_TASK, task),
-            }
-            for task in changes.tasks.values()
-        ],
-    )
-    yield (
-        _checkpoints,
-        [
-            {
-                "experiment_id": checkpoint.experiment_id,
-                "round_number": checkpoint.round_number,
-                "document": _dump(_CHECKPOINT, checkpoint),
-            }
-            for checkpoint in changes.checkpoints
-        ],
-    )
-    yield (
-        _silos,
-        [{"silo_id": silo.silo_id, "document": _dump(_SILO, silo)} for silo in changes.silos.values()],
-    )
-    yield (
-        _events,
-        [
-            {"time": now, "experiment_id": getattr(event, "experiment_id", ""), "document": _dump_event(event)}
-            for event in changes.events
-        ],
-    )

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def test_defaults(load: Any, tmp_path: Path) -> None:
     assert (config.heartbeat_interval, config.silence_limit, config.shutdown_grace) == (2.5, 5.0, 30.0)
     assert (config.limits.max_payload, config.limits.max_sessions) == (256 * 1024**2, 1000)
     assert (config.listen.admin, config.metrics) == (None, None)
+    assert config.retention.updates == math.inf
 
 
 def test_every_key(load: Any) -> None:
@@ -43,6 +45,7 @@ admin_socket: /run/admin.sock
 heartbeat_interval: 1s
 silence_limit: 2s
 limits: {max_payload: 1GiB, max_sessions: 5}
+retention: {updates: 90d}
 metrics: {listen: "127.0.0.1:0"}
 log: {level: debug, format: json}
 shutdown_grace: 0s
@@ -51,6 +54,7 @@ shutdown_grace: 0s
     assert config.admin_socket == Path("/run/admin.sock")
     assert config.listen.admin == "[::1]:0"
     assert (config.limits.max_payload, config.shutdown_grace) == (1024**3, 0.0)
+    assert config.retention.updates == 90 * 86_400
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,10 @@ shutdown_grace: 0s
             "limits: max_payload is 1B; it must be between 64KiB and 1024GiB, such as 256MiB",
         ),
         ("limits: {max_sessions: 0}", "limits.max_sessions must be at least 1; got 0"),
+        ("retention: {updates: 59m}", "retention.updates must be between 1h and 36500d, or forever; got '59m'"),
+        ("retention: {updates: 36501d}", "retention.updates must be between 1h and 36500d, or forever"),
+        ("retention: {updates: ever}", "largest unit first; or forever; got 'ever'"),
+        ("retention: {updates: 5}", "retention.updates must be a duration with a unit"),
         ("metrics: {listen: ':1'}", "metrics.listen must name a host; write '127.0.0.1:1' for this machine"),
         (
             f"admin_socket: /{'x' * 107}",
@@ -96,8 +104,10 @@ def test_a_wrong_state_directory_is_one_problem(load: Any) -> None:
 
 
 def test_effective_configuration_reads_back(load: Any) -> None:
-    config = load(TEXT)
-    assert load(effective_yaml(config)) == config
+    for text in (TEXT, f"{TEXT}retention: {{updates: forever}}\n", f"{TEXT}retention: {{updates: 1d12h}}\n"):
+        config = load(text)
+        assert load(effective_yaml(config)) == config
+    assert "updates: forever" in effective_yaml(load(TEXT))
 
 
 def test_configuration_needs_neither_silo_nor_torch() -> None:

@@ -26,7 +26,7 @@ from coordinator.records import (
     TensorsRef,
 )
 from coordinator.selection import Population
-from coordinator.store import SCHEMA_VERSION, Store
+from coordinator.store import Store
 from fedrt.errors import ExitCode, StorageError
 from fedrt.payload import headers_of, pack
 from fedrt.task import TaskKind, Verdict
@@ -380,25 +380,6 @@ class TestOpening:
         with store._engine.connect() as connection:
             assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2  # FULL
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
-
-    @pytest.mark.parametrize(
-        ("version", "words"),
-        [
-            (SCHEMA_VERSION + 1, r"was written by a newer fedrt \(schema 3, this one knows 2\); install"),
-            (SCHEMA_VERSION - 1, r"was written by a development version of fedrt \(schema 1, .* empty state directory"),
-        ],
-    )
-    def test_another_schema_is_refused_and_left_alone(self, store, directory, version, words):
-        committed(store, silos={"north": NORTH})
-        store.close()
-        with sqlite3.connect(directory / "coordinator.db") as connection:
-            connection.execute(f"PRAGMA user_version = {version}")
-        connection.close()
-        with pytest.raises(StorageError, match=words):
-            Store(directory)
-        with sqlite3.connect(directory / "coordinator.db") as connection:
-            assert connection.execute("PRAGMA user_version").fetchone() == (version,)
-        connection.close()
 
     def test_a_file_that_is_no_database_is_a_storage_error(self, directory):
         directory.mkdir(mode=0o700)

@@ -29,6 +29,7 @@ from coordinator.validation import check_announcement
 from fedrt.errors import LocalProtocolError, PayloadError, RemoteProtocolError, StorageError, TensorError
 from fedrt.metrics import CoordinatorMetrics
 from fedrt.payload import Manifest
+from fedrt.session.capabilities import PROTOCOL_1_0, named_by_both, needed, understood
 from fedrt.session.connection import MAX_OPEN_PAYLOADS, Phase, Role, TaskPhase
 from fedrt.session.frames import (
     Drain,
@@ -67,6 +68,8 @@ class SiloSession:
         self.silo_id = silo_id
         self.session_id = uuid.uuid4().hex
         self.opened = False
+        self._capabilities = PROTOCOL_1_0
+        self._software_version = ""
         self._service = service
         self._orchestrator = service.orchestrator
         self._transport = Transport(Role.COORDINATOR, rpc, self._on_sent)
@@ -107,6 +110,11 @@ class SiloSession:
         """Offer a task, unless this session knows it already."""
         connection = self._transport.connection
         if connection.our_phase is not Phase.OPEN or connection.task_phase(task.task_id) is not None:
+            return
+        if missing := needed(task) - self._capabilities:
+            names = ", ".join(sorted(repr(capability.value) for capability in missing))
+            old = f"this silo (fedrt {self._software_version}) does not understand {names}; upgrade it"
+            self._submit(OfferRefused(self.silo_id, task.task_id, RefusalReason.METHOD_MISMATCH, old))
             return
         if manifest is not None and not connection.may_announce:
             busy = f"the session already has {MAX_OPEN_PAYLOADS} payloads under way"
@@ -180,6 +188,8 @@ class SiloSession:
 
     def _welcome(self, hello: Hello) -> None:
         intervals = self._service.limits.intervals
+        self._capabilities = understood(hello.capabilities)
+        self._software_version = hello.software_version
         self._post(
             Welcome(
                 session_id=self.session_id,
@@ -187,6 +197,7 @@ class SiloSession:
                 silence_limit=intervals.silence,
                 obsolete_task_ids=self._orchestrator.active.obsolete(self.silo_id, hello.held_tasks),
                 software_version=fedrt.__version__,
+                capabilities=named_by_both(hello.capabilities),
             )
         )
         self.opened = True

@@ -22,6 +22,7 @@ from fedrt.session.frames import (
     TaskProgress,
     TaskReply,
     TaskResult,
+    UnreadableAck,
     UnreadableOffer,
     UnreadableResult,
     Welcome,
@@ -150,6 +151,14 @@ def _task_result_from_pb(message: task_pb.TaskResult) -> TaskResult | Unreadable
         )
 
 
+def _ack_from_pb(message: task_pb.ResultAck) -> ResultAck | UnreadableAck:
+    try:
+        verdict = _VERDICT.back(Verdict, message.verdict)
+    except PayloadError as error:
+        return UnreadableAck(message.task_id, f"{error}; {message.message}"[:MAX_TEXT_LENGTH])
+    return ResultAck(message.task_id, verdict, message.message[:MAX_TEXT_LENGTH])
+
+
 def _hello_to_pb(frame: Hello) -> session_pb.Hello:
     return session_pb.Hello(
         software_version=frame.software_version,
@@ -239,7 +248,7 @@ _RESPONSE: Mapping[str, _Codec] = {
     "result_ack": (
         ResultAck,
         lambda f: task_pb.ResultAck(task_id=f.task_id, verdict=_VERDICT.to(f.verdict), message=f.message),
-        lambda m: ResultAck(m.task_id, _VERDICT.back(Verdict, m.verdict), m.message[:2000]),
+        _ack_from_pb,
     ),
     "drain": _DRAIN,
 }

@@ -15,6 +15,7 @@ from fedrt.certificates import Expectation
 from fedrt.errors import IdentityError, PayloadError, RemoteProtocolError
 from fedrt.identity import Role as IdentityRole
 from fedrt.metrics import SiloMetrics
+from fedrt.session.capabilities import OURS
 from fedrt.session.connection import Phase, Role, TaskPhase
 from fedrt.session.frames import (
     Drain,
@@ -27,6 +28,7 @@ from fedrt.session.frames import (
     TaskProgress,
     TaskReply,
     TaskResult,
+    UnreadableAck,
     UnreadableOffer,
     Welcome,
 )
@@ -122,6 +124,9 @@ class CoordinatorSession:
                 if message:
                     self._log.warning("result not counted", task=task_id, message=message)
                 self._agent.submit(ledgers.VerdictArrived(task_id, verdict))
+            case UnreadableAck(task_id, message):
+                text = "verdict cannot be read; the result is kept and sent again; upgrade this silo"
+                self._log.warning(text, task=task_id, message=message)
             case Drain(message):
                 self._log.info("coordinator drains", message=message)
             case _:
@@ -208,6 +213,7 @@ class Link:
                     held_tasks=self._agent.held,
                     device=self._report.device,
                     memory_bytes=self._report.memory_bytes,
+                    capabilities=OURS,
                 )
             )
             try:

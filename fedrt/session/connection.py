@@ -31,6 +31,7 @@ from fedrt.session.frames import (
     TaskProgress,
     TaskReply,
     TaskResult,
+    UnreadableAck,
     UnreadableOffer,
     UnreadableResult,
     Welcome,
@@ -89,7 +90,11 @@ class _Speaker:
     ignored: set[str] = field(default_factory=set)  # payloads of results that we could not read
 
 
-_ARRIVES_AS: dict[type[Frame], type[Frame]] = {UnreadableOffer: TaskOffer, UnreadableResult: TaskResult}
+_ARRIVES_AS: dict[type[Frame], type[Frame]] = {
+    UnreadableOffer: TaskOffer,
+    UnreadableResult: TaskResult,
+    UnreadableAck: ResultAck,
+}
 
 
 class _Illegal(Exception):
@@ -188,7 +193,7 @@ class Connection:
                 self._apply_result(speaker, task_id, None)
                 if payload_id:
                     speaker.ignored.add(payload_id)
-            case ResultAck(task_id):
+            case ResultAck(task_id) | UnreadableAck(task_id):
                 self._require(task_id, TaskPhase.RETURNED)
                 self._forget_offer(task_id)
             case PayloadChunk():

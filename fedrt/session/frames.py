@@ -192,6 +192,17 @@ class ResultAck:
 
 
 @dataclass(frozen=True)
+class UnreadableAck:
+    """A verdict of a later version arrived: the result stays where it is, and gets a verdict in the next session."""
+
+    task_id: str
+    message: str
+
+    def __post_init__(self) -> None:
+        _check_id(self.task_id)
+
+
+@dataclass(frozen=True)
 class Drain:
     """The sender is stopping: nothing new, what runs may finish within `grace_period` seconds."""
 
@@ -212,4 +223,5 @@ class PayloadChunk:
 
 SiloFrame = Hello | Heartbeat | TaskReply | TaskProgress | TaskResult | PayloadChunk | Drain
 CoordinatorFrame = Welcome | Heartbeat | TaskOffer | TaskCancel | PayloadChunk | ResultAck | Drain
-Frame = SiloFrame | CoordinatorFrame | UnreadableOffer | UnreadableResult  # the last two only arrive
+UnreadableFrame = UnreadableOffer | UnreadableResult | UnreadableAck  # they only arrive
+Frame = SiloFrame | CoordinatorFrame | UnreadableFrame

@@ -17,6 +17,7 @@ from fedrt.session.frames import (
     TaskProgress,
     TaskReply,
     TaskResult,
+    UnreadableAck,
     UnreadableOffer,
     UnreadableResult,
 )
@@ -117,6 +118,16 @@ class TestFramesOfALaterVersion:
     def test_an_unknown_field_beside_a_known_frame_is_ignored(self):
         data = request_to_pb(TaskProgress("t", 1, 2)).SerializeToString()
         assert request_from_pb(Request.FromString(data + self.LATER)) == TaskProgress("t", 1, 2)
+
+
+@pytest.mark.parametrize("verdict", [task_pb.RESULT_VERDICT_UNSPECIFIED, UNKNOWN])
+def test_a_verdict_that_means_nothing_to_us_is_unreadable_and_keeps_its_task_id(verdict):
+    message = Response(result_ack=task_pb.ResultAck(task_id="t", verdict=verdict, message="m" * 5000))
+    frame = response_from_pb(message)
+    assert isinstance(frame, UnreadableAck)
+    assert frame.task_id == "t"
+    assert frame.message.startswith(f"Verdict number {verdict} is not known to this version; mmm")
+    assert len(frame.message) == 2000
 
 
 class TestSplitsAndSeed:
@@ -285,7 +296,7 @@ def test_a_frame_of_a_silo_that_means_nothing_is_an_error(message, complaint):
 @pytest.mark.parametrize(
     ("message", "complaint"),
     [
-        (Response(result_ack=task_pb.ResultAck(task_id="t", verdict=UNKNOWN)), "Verdict number 77 is not known"),
+        (Response(result_ack=task_pb.ResultAck(task_id="", verdict=UNKNOWN)), "an id has 0 characters"),
         (Response(task_cancel=task_pb.TaskCancel(task_id="a\nb")), "an id has 3 characters; .*, all printable"),
         (Response(welcome=session_pb.Welcome(session_id="s")), "heartbeat interval must be positive"),
         (

@@ -24,6 +24,7 @@ from fedrt.session.frames import (
     TaskProgress,
     TaskReply,
     TaskResult,
+    UnreadableAck,
     UnreadableOffer,
     UnreadableResult,
     Welcome,
@@ -421,9 +422,23 @@ class TestUnreadableFrames:
         with pytest.raises(RemoteProtocolError, match="TaskResult from silo: task 't1' is offered, not working"):
             offered().ends[COORDINATOR].receive(UnreadableResult("t1", "?"))
 
-    @pytest.mark.parametrize("frame", [UnreadableOffer("t1", "?"), UnreadableResult("t1", "?")], **SHORT)
+    def test_an_unreadable_verdict_ends_the_task_in_this_session_as_any_verdict_does(self):
+        wire = working().say((SILO, result()))
+        wire.speak(COORDINATOR, ack())
+        wire.under_way[COORDINATOR].clear()
+        wire.ends[SILO].receive(UnreadableAck("t1", "verdict 77 is not known"))
+        assert wire.phases() == {None}
+        wire.say((COORDINATOR, offer()), (SILO, reply()), (SILO, result()), (COORDINATOR, ack()))
+
+    def test_an_unreadable_verdict_keeps_to_the_rules_of_a_verdict(self):
+        with pytest.raises(RemoteProtocolError, match="ResultAck from coordinator: task 't1' is working, not returned"):
+            working().ends[SILO].receive(UnreadableAck("t1", "?"))
+
+    @pytest.mark.parametrize(
+        "frame", [UnreadableOffer("t1", "?"), UnreadableResult("t1", "?"), UnreadableAck("t1", "?")], **SHORT
+    )
     def test_nobody_sends_an_unreadable_frame(self, frame):
-        role = COORDINATOR if isinstance(frame, UnreadableOffer) else SILO
+        role = SILO if isinstance(frame, UnreadableResult) else COORDINATOR
         with pytest.raises(LocalProtocolError):
             opened("t1" if role is SILO else "t2").speak(role, frame)
 
@@ -498,6 +513,8 @@ class Walk:
                 if self.happens(self.unreadable_share):
                     self.unreadable.add(task.task_id)
                     waiting[0] = UnreadableOffer(task.task_id, "?")
+            case ResultAck(task_id) if self.happens(self.unreadable_share):
+                waiting[0] = UnreadableAck(task_id, "?")
             case TaskResult(result) if self.happens(self.unreadable_share):
                 payload_id = result.manifest.payload_id if result.manifest else ""
                 waiting[0] = UnreadableResult(result.task_id, "?", payload_id)

@@ -30,6 +30,7 @@ from fedrt.session.frames import (
     TaskProgress,
     TaskReply,
     TaskResult,
+    UnreadableAck,
     UnreadableOffer,
     UnreadableResult,
     Welcome,
@@ -259,6 +260,7 @@ _BUILDERS = {
     "TaskCancel": lambda plain, _options, message, _now: TaskCancel(plain[0], message),
     "ResultAck": lambda plain, _options, message, _now: ResultAck(plain[0], Verdict(plain[1]), message),
     "Drain": lambda _plain, options, message, _now: Drain(message, 60.0, options.pop("reconnect") == "yes"),
+    "UnreadableAck": lambda plain, _options, message, _now: UnreadableAck(plain[0], message),
     "UnreadableOffer": lambda plain, _options, message, _now: UnreadableOffer(plain[0], message),
     "UnreadableResult": lambda plain, _options, message, _now: UnreadableResult(plain[0], message),
 }
@@ -293,6 +295,8 @@ def told(frame: Frame) -> str:
             return f"ResultAck {task_id} {verdict.name}{quoted(message)}"
         case Drain(message, _, reconnect):
             return f"Drain, {'reconnect later' if reconnect else 'for good'}{quoted(message)}"
+        case UnreadableAck(task_id, message):
+            return f"UnreadableAck {task_id}{quoted(message)}"
         case UnreadableOffer(task_id, message):
             return f"UnreadableOffer {task_id}{quoted(message)}"
         case UnreadableResult(task_id, message, payload_id):

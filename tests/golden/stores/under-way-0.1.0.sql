@@ -1,0 +1,72 @@
+-- The store of a coordinator, fedrt 0.1.0; see scripts/record_store.py.
+-- recorded at 1795194259.4019895
+BEGIN TRANSACTION;
+CREATE TABLE blobs (
+	sha256 VARCHAR(64) NOT NULL, 
+	byte_count BIGINT NOT NULL, 
+	data BLOB, 
+	PRIMARY KEY (sha256)
+);
+INSERT INTO "blobs" VALUES('c75569e4047bc42f00818ae036fffe6f8a80efc1dbc92a62db5dd24a6faa6c05',512,X'178C113DAF8D7B38CD44083D9DAFE7BA846E94BCD388493B77B5223D3DB9C53B4B623F3C8E7CA13C61593A3CC5B034BBD994BABCC4C354BCB22ADBBC9C0053BCCB61B43C7DB39DBB530419BB1D7885BCC58AE1BA86D33BBCAF52243CC91FA3BB935618BD428E1CBCB4300EBDBB8AD83B6784523C8E4902BDCCFFE2BC0900283D1BA9883CA6DE48BCB464BDBCE0E9A83CECC5D5BC8D0231BC22DB9FBC6CEBE4BCE5F52B3B337FBCBB2B33CB3B8F8B013DCF34EB3C62DDDC3CCB9889BC3082C93C3BD3C63CE5A496BCBC276EBCBC77053C1B0DA8BB2630423D147C983C0532803CFC72063D531EA2BB9E64903CEFE671BC0F2BC23B3712813B4671773C621DB53B65232DBCC1CF1EBD379AF93C38E0B1BA533A523C6E34613CA6D9D4BC17F266BCEA5CA03CCD33B6BCEA1BD33CEBA70D3CC3FAF5BCBD96BCBC600D38BCE61265BC69DA2BBD6BFABF3B7359D53C3B7E813C6BA8133C21E8BA3C445736BCB03ACF3C22A93BBD3BB6323DB2859F3C528092BBE0DF1FBD75EB843B860A3A3C8A064DBCFDFE3B3C2C718F3B1F71043D86E3F93C227F523C4BD5B9BC0A3845BD677BABBAC598D2BC5ABA0CBBDC2E06BDDDEEBF3C30790F3D5CE6543C5DD921BBD23658BBDBB4E43AEC9EE93C2B2A153D9CE9323BC0DF1CBC938AF43C70453CBBB6D18E3CB4DE883CC49C073C2D6100BC84FCCFBC6D9299BC81EAA3BC1883353C7D1356BB');
+INSERT INTO "blobs" VALUES('3ff8a11a7526d5eaec96429c6db295168f471ddce4bdf6ace37cff481806b68b',512,X'6EC9763C84EB78BFC397873FF03C903F2CA2A43FDD6C83BF1195253F0D01283E62AFE1BE2AF64B3E1DB224BFE6B088BFACE209BED74BD4BE931FA9BFE0AB98BE82E0303F92CC6E3EE8EE813F89BF43BFF1316E3F12B61F3FC36AF2BF2CF173BFD7B8483FF67F1FBD7E755EBF0146A63FB14A603F393EC5BEE708C33E98A7B73FEDC377BFE9AB223FEF773FBF80DE3E3EDE32A83F057007C025D502405A7CEFBE23E3FB3F0796193F047EDCBEF16ECC3F1A82473E612A82BFC2E3CF3F146B963EA8960EBFB1DBA1BE3C530B3F996B253DBA405CBF2ADCE2BE505CBDBDFFA23DBF275CE33ED92B11C0A1D817BD659C2E3F2ED8B0BF0FAE583EF854CBBF6232E6BFFBA0A4BF63664C3DCA7DECBDB6F5DC3CF9E6413FFFFF193FF903FBBE4B6A0B3F9AA6B1BF39BC12BF6FB40F3E2FE0FB3E1D7C243EE75DE6BF475BBD3F3692E3BF3BEB43BF48CBC23EC217F23F0D313FBE23B01E407B99DD3F7FC30A3E330E3FBFA51E2F3F1592333E88CDEC3E1F900EBFF98E563F3A6938BFF4DF3B3E82DA873F5C0E99BFF81413BFC30FC7BD0ECDCBBF7F4980BF1F9B4EBF5FFB67BF96FFAD3F878F1D3FC63143BF263B06BEE9F84D3F1C59103FB1CAF43E744E19BF57700EBF4F5A3D3F582714C03B77BD3F0D2F0C3ED9124F3F79EFB03F84072FBF8166FABF71A28E3E02F4CBBFDF7A9D3F8DFADA3FA699F13E7B8B573E85DED2BEADFDAFBF');
+INSERT INTO "blobs" VALUES('79f9c208080d899a56e094906d87b2ba5ca8c0d13ca9a92955ff9cd2060aca0c',512,X'0AB0FA3E859200C0AA713FBDA158A9BF12DC3B3F2E13E4BE65C78F3F3463843FC2619D3FD4EA96BFFA1B243F820E853F6096403FA4ED05BCAE390BC052240B3E6E664F3FD56999BDABBB093EDF15933FC2E4E73E4EBC7D3EE250FA3E47713BBFBBB02F40306CC5BE4BFEAB3F7231DE3FF2508E3FCB34AFBEE1B0BDBF6DB07B3F5336143F3697EF3E5CD8123FAEE5B53EBB641A3FEB1B05BF0F213A3E3BCCE63FD4C64BBFE321BD3E584BD5BE89C6ADBFF27B57BF5E1A793E19E962BFCF728D3E9880F83EBEAFF1BF9C028ABE8346223F16CE1CBF7B3F0DC017D9A7BEB4E4943FA9B5FC3ED875C3BF743CDD3F4971B13FE57D0EBF6A1C90BF6871E73F77022C3FD7FC1ABDC0CFDA3EF425823F1BAB623FF2659FBF636CE63EEDA12C3F696015BFCAD585BF6A1E893FA89F483F9F50A73E8BA76F3FCFF52E3E95FE86BF8AF995BC8D24DE3DCA8E9FBF0C12D7BFBDA5063F62ABB03E4E1307407E320DBF94A4DABEFCDE393E03C595BF16BC24C002953F3B04BBF5BEA66691BF413BE2BF174F163D2CD2A0BE13C26ABE8A4461BE879CD73EE4E9DCBF0B38B2BF3C050AC0C2A6C0BF921F26BF185C59BD80D8FEBE159389BFEF4E413EE0F834BFC975143F74691C3FC1A784BF5291DABF900644BF1743C73D6728E8BE2C470EBF050C13BFD0D48FBF9AD5AD3CE05684BF29048C3FB0779D3E577D963FD5595E3F2B28993E475B91BF');
+INSERT INTO "blobs" VALUES('b5e4210b6a7a1a407caca86c53ef0ae740555ca195db0dc95decb484bb57b27d',512,X'1F95973E1415C1BFBD3E053FE87E11BE9C7C7B3F4B1739BFA4D76E3F0FC61E3FA0A5DE3EEDEAFCBEB199043D79C49E3CC8489A3E629A5EBEAF18E5BFC83FB1BD3F4D463F485B8D3D55AA0E3F01F3553ED0852E3FA4F4D53EDFC026BF19FE57BF2F70E13FD74369BEB592763E160BC43F5865813F7021CABE953F1CBFBE009F3F04B71ABE085B093F802DB3BDB6B6963EB9936B3F3193A6BF8ADB873FB2CB2D3FB3780A3FFB2BF33E1C98D5BEA8B3CD3D9E0EA0BE7E20ADBE771B9E3E7D5F9E3E2099D23B10E692BF8AC6DE3D3606B63E76BF3CBF0C6EA7BF744848BE4FF8843E95A3003F19E6F1BFB3CB643FC809843F9CEE72BF86D7F3BEE1E03B3E9FDF03BFEBAA26BFA552533E492A003FE474F03EFC0088BEB674093FC868B03D231859BD597B98BF8BA1823E646CFF3E6A90D43EBC1F083F3FB14DBF0035213E30BA61BF59EBB5BED314E9BEDD668F3DD5774A3EFD36B13FF8A1F93F068A6CBEA84D0EBF90B1C13E3B2FF4BED0578BBF73298BBE604BF03D02676EBF7C7350BF15D3043FB86E3ABF6D7BC8BEE87403BEE93305BF898DAEBFCCF490BF41F0CCBF5D0CFDBDC28B83BDD09DCBBE80FDB4BEEE8A13BE5C4CCF3E5A89F9BD2270093C87B6343D257C35BE6472FCBFAFB9B53EEA01F43DFFE5153EA3C4D13E874A21BF020CC1BF6C10263E20DAA5BFAD71933F0BA7753F7332513F97E6073FBF4207BD4D90A0BF');
+INSERT INTO "blobs" VALUES('d291518f8bca3bab698eb94e9d85e3591d6f1b03b709331390aaf8fa94acd375',512,X'73C8B63FA56FD63F9CABAF3EBD88963E44D8043EFF204C3EE077B2BE769959BDEE7986BFCF76153F3610B2BE3766383E27CCFEBEF0F343BF84CD0FBF293A3CBF640A4C3FDDDBB83F19F5B23FF6BD03BEFADABB3EBE3A0EC0A60F60BF7696263F649B2FBFF5E14BBE946289BE456299BEE144893F3E863D408B95123F4492483CADC97E3F246FC23E1FAB4BBE485C273F0B60AC3EC2A7863F712425BFE7B126BDAEB9FB3FB99B963F20F69D3E6A8887BEE1DAAD3F3C538B3E999298BFFC1E31BD29AA2D3FBDEB3C3FAD51CE3EFB0FB3BEA38F203FC7A9133FF2A4113F993409BF8B758A3F563650BF9E198A3FBE73793ED5BC033F77A4273D653B18C0653D90BFFBFF403F9AD2593F02BC2DBF9D397A3F2E632FBF517894BFB728D2BFC93516BDF70AC43E870ADF3D6D3C1EC0DFDCA9BEEAD8873EFA11673F82B0433FBE8BE93F90B9743EE6CEB73F5D43483FA6DDA23FA8344B3F6C97833FFC450D3EBED83FBFB14940BEB9A2853F0CB1913F994F54BFC856B4BF97D3E13F65BCD23CBEDF0E3FB4EC70C04672C5BFB50EDC3F96D6443ECEB19A3FAAAF24BD260E04BF6316B63E6368C1BF51035C3FFA41183F3D9C6DBFE7884ABF67505E3FF93F9FBCD194C73FD6931B3F1974A63E0EDB56BE7C7EBDBF4D55803F6463BC3FB21FE0BFA2E156BF3B1AA5BFF850BD3EFC31743DF4116ABE3BB341BF8B5BA93F9E6265BFDEEA9EBF');
+CREATE TABLE checkpoints (
+	experiment_id VARCHAR(63) NOT NULL, 
+	round_number INTEGER NOT NULL, 
+	document TEXT NOT NULL, 
+	PRIMARY KEY (experiment_id, round_number)
+);
+INSERT INTO "checkpoints" VALUES('upgraded',0,'{"experiment_id":"upgraded","round_number":0,"shared":{"headers":[{"name":"context","element_type":"<f4","shape":[16,8]}],"sha256":"c75569e4047bc42f00818ae036fffe6f8a80efc1dbc92a62db5dd24a6faa6c05"},"memory":null}');
+INSERT INTO "checkpoints" VALUES('upgraded',1,'{"experiment_id":"upgraded","round_number":1,"shared":{"headers":[{"name":"context","element_type":"<f4","shape":[16,8]}],"sha256":"b5e4210b6a7a1a407caca86c53ef0ae740555ca195db0dc95decb484bb57b27d"},"memory":null}');
+CREATE TABLE events (
+	number INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, 
+	time FLOAT NOT NULL, 
+	experiment_id VARCHAR(63) NOT NULL, 
+	document TEXT NOT NULL
+);
+INSERT INTO "events" VALUES(1,1.79519425924942636497e+09,'','{"kind": "SiloChanged", "event": {"silo": {"silo_id": "south", "software_version": "0.1.0", "device": "cpu", "methods": [], "last_seen_time": 1795194259.2492447, "connected": true, "draining": false}}}');
+INSERT INTO "events" VALUES(2,1.79519425925300836564e+09,'','{"kind": "SiloChanged", "event": {"silo": {"silo_id": "north", "software_version": "0.1.0", "device": "cpu", "methods": [], "last_seen_time": 1795194259.2528794, "connected": true, "draining": false}}}');
+INSERT INTO "events" VALUES(3,1.795194259324183464e+09,'upgraded','{"kind": "ExperimentChanged", "event": {"experiment_id": "upgraded", "state": "pending", "round_number": 0, "kind": "evaluate", "message": "", "end_time": null}}');
+INSERT INTO "events" VALUES(4,1.795194259324183464e+09,'upgraded','{"kind": "ExperimentChanged", "event": {"experiment_id": "upgraded", "state": "running", "round_number": 0, "kind": "evaluate", "message": "", "end_time": null}}');
+INSERT INTO "events" VALUES(5,1.79519425933419537544e+09,'upgraded','{"kind": "RoundClosed", "event": {"experiment_id": "upgraded", "round_number": 0, "kind": "evaluate", "attempt": 0, "contributions": [{"silo_id": "north", "example_count": 10, "metrics": {"loss": 1.0, "accuracy": 0.5}, "work_duration": 0.25, "byte_count": 0}, {"silo_id": "south", "example_count": 11, "metrics": {"loss": 1.0, "accuracy": 0.5}, "work_duration": 0.25, "byte_count": 0}], "absences": [], "metrics": {"accuracy": 0.5, "loss": 1.0}, "succeeded": true, "duration": 0.01001739501953125}}');
+INSERT INTO "events" VALUES(6,1.79519425933419537544e+09,'upgraded','{"kind": "ExperimentChanged", "event": {"experiment_id": "upgraded", "state": "running", "round_number": 1, "kind": "train", "message": "", "end_time": null}}');
+INSERT INTO "events" VALUES(7,1.79519425934463262555e+09,'upgraded','{"kind": "RoundClosed", "event": {"experiment_id": "upgraded", "round_number": 1, "kind": "train", "attempt": 0, "contributions": [{"silo_id": "north", "example_count": 14, "metrics": {"loss": 1.0, "accuracy": 0.5}, "work_duration": 0.25, "byte_count": 512}, {"silo_id": "south", "example_count": 15, "metrics": {"loss": 1.0, "accuracy": 0.5}, "work_duration": 0.25, "byte_count": 512}], "absences": [], "metrics": {"accuracy": 0.5, "loss": 1.0}, "succeeded": true, "duration": 0.010531187057495117}}');
+INSERT INTO "events" VALUES(8,1.79519425934463262555e+09,'upgraded','{"kind": "ExperimentChanged", "event": {"experiment_id": "upgraded", "state": "running", "round_number": 2, "kind": "train", "message": "", "end_time": null}}');
+CREATE TABLE experiments (
+	experiment_id VARCHAR(63) NOT NULL, 
+	state VARCHAR(16) NOT NULL, 
+	create_time FLOAT NOT NULL, 
+	document TEXT NOT NULL, 
+	PRIMARY KEY (experiment_id)
+);
+INSERT INTO "experiments" VALUES('upgraded','running',1.79519425932282638549e+09,'{"experiment_id":"upgraded","spec":{"local":{"method_name":"promptfl","hyperparameters_json":"{\"context_init\":null,\"context_length\":16}","model":{"architecture":"ViT-B-16","weights_sha256":"abababababababababababababababababababababababababababababababab","context_dim":8,"feature_dim":4},"classes":["cat","dog"],"training":{"local_epochs":1,"batch_size":32,"optimizer":{"name":"sgd","learning_rate":0.002,"momentum":0.9,"weight_decay":0.0005},"schedule":"constant","precision":"fp32","views":0},"round_count":4,"evaluation":{"splits":["personal"],"novel_classes":[]},"seed":7},"rounds":{"count":4,"time_limit":1800.0,"min_results":null,"max_silos":null,"silos":["north","south"],"on_too_few":"retry","retries":2},"evaluation":{"every":2}},"schema_sha256":"0e6a067c3bea5983949ce3b52ffe6ad77b393bb0b7147570ff8555898ef07657","create_time":1795194259.3228264,"stage":{"kind":"train","number":2,"attempt":0,"kept":[]},"stage_time":1795194259.344449,"shares":true,"state":"running","message":"","round":{"number":2,"kind":"train","attempt":0,"asks":[{"silo_id":"north","task_id":"upgraded/2/train/north","state":"returned","message":"","reoffer_time":null},{"silo_id":"south","task_id":"upgraded/2/train/south","state":"offered","message":"","reoffer_time":null}],"needed":2,"begin_time":1795194259.344449,"deadline":1795196059.344449,"aggregates":true,"absent":[],"phase":"collecting","succeeded":false,"lost_time":null,"message":""},"end_time":null}');
+CREATE TABLE silos (
+	silo_id VARCHAR(63) NOT NULL, 
+	document TEXT NOT NULL, 
+	PRIMARY KEY (silo_id)
+);
+INSERT INTO "silos" VALUES('south','{"silo_id":"south","software_version":"0.1.0","device":"cpu","methods":["promptfl","zeroshot"],"last_seen_time":1795194259.2492447,"connected":true,"draining":false}');
+INSERT INTO "silos" VALUES('north','{"silo_id":"north","software_version":"0.1.0","device":"cpu","methods":["promptfl","zeroshot"],"last_seen_time":1795194259.2528794,"connected":true,"draining":false}');
+CREATE TABLE tasks (
+	task_id VARCHAR(200) NOT NULL, 
+	experiment_id VARCHAR(63) NOT NULL, 
+	round_number INTEGER NOT NULL, 
+	document TEXT NOT NULL, 
+	PRIMARY KEY (task_id)
+);
+INSERT INTO "tasks" VALUES('upgraded/0/evaluate/north','upgraded',0,'{"task_id":"upgraded/0/evaluate/north","experiment_id":"upgraded","silo_id":"north","round_number":0,"kind":"evaluate","attempt":0,"verdict":"accepted","message":"","example_count":10,"metrics":{"loss":1.0,"accuracy":0.5},"work_duration":0.25,"tensors":null}');
+INSERT INTO "tasks" VALUES('upgraded/0/evaluate/south','upgraded',0,'{"task_id":"upgraded/0/evaluate/south","experiment_id":"upgraded","silo_id":"south","round_number":0,"kind":"evaluate","attempt":0,"verdict":"accepted","message":"","example_count":11,"metrics":{"loss":1.0,"accuracy":0.5},"work_duration":0.25,"tensors":null}');
+INSERT INTO "tasks" VALUES('upgraded/1/train/north','upgraded',1,'{"task_id":"upgraded/1/train/north","experiment_id":"upgraded","silo_id":"north","round_number":1,"kind":"train","attempt":0,"verdict":"accepted","message":"","example_count":14,"metrics":{"loss":1.0,"accuracy":0.5},"work_duration":0.25,"tensors":{"headers":[{"name":"context","element_type":"<f4","shape":[16,8]}],"sha256":"3ff8a11a7526d5eaec96429c6db295168f471ddce4bdf6ace37cff481806b68b"}}');
+INSERT INTO "tasks" VALUES('upgraded/1/train/south','upgraded',1,'{"task_id":"upgraded/1/train/south","experiment_id":"upgraded","silo_id":"south","round_number":1,"kind":"train","attempt":0,"verdict":"accepted","message":"","example_count":15,"metrics":{"loss":1.0,"accuracy":0.5},"work_duration":0.25,"tensors":{"headers":[{"name":"context","element_type":"<f4","shape":[16,8]}],"sha256":"79f9c208080d899a56e094906d87b2ba5ca8c0d13ca9a92955ff9cd2060aca0c"}}');
+INSERT INTO "tasks" VALUES('upgraded/2/train/north','upgraded',2,'{"task_id":"upgraded/2/train/north","experiment_id":"upgraded","silo_id":"north","round_number":2,"kind":"train","attempt":0,"verdict":"accepted","message":"","example_count":14,"metrics":{"loss":1.0,"accuracy":0.5},"work_duration":0.25,"tensors":{"headers":[{"name":"context","element_type":"<f4","shape":[16,8]}],"sha256":"d291518f8bca3bab698eb94e9d85e3591d6f1b03b709331390aaf8fa94acd375"}}');
+INSERT INTO "tasks" VALUES('upgraded/2/train/south','upgraded',2,'{"task_id":"upgraded/2/train/south","experiment_id":"upgraded","silo_id":"south","round_number":2,"kind":"train","attempt":0,"verdict":null,"message":"","example_count":0,"metrics":{},"work_duration":0.0,"tensors":null}');
+CREATE INDEX ix_experiments_create_time ON experiments (create_time);
+CREATE INDEX ix_experiments_state ON experiments (state);
+CREATE INDEX tasks_by_round ON tasks (experiment_id, round_number);
+CREATE INDEX ix_events_experiment_id ON events (experiment_id);
+DELETE FROM "sqlite_sequence";
+INSERT INTO "sqlite_sequence" VALUES('events',8);
+COMMIT;
+PRAGMA user_version = 2;

@@ -58,8 +58,8 @@ class Blobs:
         """Make the large blobs durable before the transaction that names them. Raises `StorageError`."""
         for digest, blob in blobs.items():
             path = self._path(digest)
-            if blob_size(blob) <= INLINE_BYTES:
-                continue
+            if isinstance(blob, memoryview) and len(blob) <= INLINE_BYTES:
+                continue  # a small one may lie in a file, too, if there was no memory for it when it arrived
             if path.exists():
                 if isinstance(blob, Landed):
                     blob.path.unlink(missing_ok=True)

@@ -61,6 +61,7 @@ class Blobs:
         self._directory = directory
         self._intact: set[str] = set()  # large blobs that this process has written or checked
         self._unsettled: set[str] = set()  # large blobs of a commit that is not through; it may be tried again
+        self._taken_in: list[Path] = []  # files of small blobs that this commit puts into the database
         if read_only:
             return
         ensure_private_directory(directory)
@@ -89,6 +90,8 @@ class Blobs:
     def settle(self) -> None:
         """The transaction that names the blobs is through; without it they are what nothing needs."""
         self._unsettled.clear()
+        while self._taken_in:
+            self._taken_in.pop().unlink(missing_ok=True)
 
     def unsettled(self, digest: str) -> bool:
         """Whether a commit that was not through has put this large blob, and may be tried again."""
@@ -118,17 +121,19 @@ class Blobs:
         return byte_count
 
     def put(self, connection: sa.Connection, blobs: Mapping[str, Blob]) -> None:
-        """Record the blobs, with their bytes where they are small."""
-        rows = [
-            {
-                "sha256": digest,
-                "byte_count": blob_size(blob),
-                "data": bytes(blob) if isinstance(blob, memoryview) and len(blob) <= INLINE_BYTES else None,
-            }
-            for digest, blob in blobs.items()
-        ]
-        if rows:
-            connection.execute(_INSERT, rows)
+        """Record the blobs, with their bytes where they are small, one after the other: there may be many."""
+        for digest, blob in blobs.items():
+            data = None if lies_in_file(blob_size(blob)) else self._bytes_of(blob)
+            connection.execute(_INSERT, {"sha256": digest, "byte_count": blob_size(blob), "data": data})
+
+    def _bytes_of(self, blob: Blob) -> bytes:
+        if isinstance(blob, memoryview):
+            return bytes(blob)
+        self._taken_in.append(blob.path)  # a small one for which there was no memory when it arrived
+        try:
+            return blob.path.read_bytes()
+        except OSError as error:
+            raise storage_error("read", blob.path, error) from error
 
     def get(self, connection: sa.Connection, digest: str) -> memoryview:
         """The bytes; a large blob is mapped, not read. Raises `DamageError` if they are missing or damaged."""

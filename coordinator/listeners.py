@@ -18,7 +18,7 @@ from coordinator.session_service import SessionService
 from fedrt.errors import ConfigurationError
 from fedrt.statefile import ensure_private_directory
 from fedrt.tls import IdentityFiles, server_credentials
-from fedrt.transport import GRPC_OPTIONS
+from fedrt.transport import GRPC_OPTIONS, SESSION_SERVER_OPTIONS
 from fedrt.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -44,7 +44,7 @@ async def session_listener(
     config: CoordinatorConfig, sessions: SessionService, servicer: health.aio.HealthServicer
 ) -> AsyncIterator[str]:
     """Serve silos; gives the address, with the port that was taken if 0 was asked for. Raises `ConfigurationError`."""
-    server = grpc.aio.server(options=GRPC_OPTIONS, interceptors=[Authorization(config.federation)])
+    server = grpc.aio.server(options=SESSION_SERVER_OPTIONS, interceptors=[Authorization(config.federation)])
     session_service_pb2_grpc.add_SessionServiceServicer_to_server(sessions, server)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     credentials = server_credentials(IdentityFiles(config.identity.directory), config.federation)

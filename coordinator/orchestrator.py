@@ -79,6 +79,11 @@ class Orchestrator:
         """Queue a message."""
         self._inbox.put_nowait(message)
 
+    @property
+    def backlog(self) -> int:
+        """Messages that wait; many while the disk refuses."""
+        return self._inbox.qsize()
+
     async def in_store(self, function: Callable[..., _T], *arguments: object) -> _T:
         """Call a function of the store on the store's thread."""
         return await self._thread.call(function, *arguments)

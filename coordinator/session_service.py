@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,16 @@ from coordinator.inbox import (
     SessionOpened,
     SiloDrained,
 )
-from coordinator.intake import Intake
+from coordinator.intake import Intake, IntakeMemory
 from coordinator.orchestrator import Orchestrator
 from coordinator.records import TensorsRef
 from coordinator.validation import check_announcement
-from fedrt.errors import LocalProtocolError, PayloadError, RemoteProtocolError, StorageError, TensorError
+from fedrt.errors import FailureReason, LocalProtocolError, PayloadError, RemoteProtocolError, StorageError, TensorError
 from fedrt.metrics import CoordinatorMetrics
 from fedrt.payload import Manifest
+from fedrt.session.allowance import SESSION_COST, Allowance
 from fedrt.session.capabilities import PROTOCOL_1_0, named_by_both, needed, understood
-from fedrt.session.connection import MAX_OPEN_PAYLOADS, Phase, Role, TaskPhase
+from fedrt.session.connection import MAX_OPEN_OFFERS, MAX_OPEN_PAYLOADS, Phase, Role, TaskPhase
 from fedrt.session.frames import (
     Drain,
     Frame,
@@ -45,10 +48,18 @@ from fedrt.session.frames import (
     Welcome,
 )
 from fedrt.session.liveness import Intervals
-from fedrt.task import RefusalReason, Result, Task, Verdict
+from fedrt.task import Failure, RefusalReason, Result, Task, Verdict
 from fedrt.tls import peer_identity
-from fedrt.transport import SilenceError, StreamEndedError, Transport
+from fedrt.transport import ExcessError, SilenceError, StreamEndedError, Transport
 from fedrt.v1 import session_service_pb2_grpc
+
+INTAKE_MEMORY_BYTES = 64 * 1024 * 1024  # of small results of all silos on their way into the store
+MAX_BACKLOG = 10_000  # messages before the orchestrator, above which no session opens
+MAX_SESSIONS_OF_A_SILO = 4  # the current one, and some that are lost without anyone having noticed yet
+MAX_STATUS_TEXT = 500  # characters; percent-encoded as a header it has to stay below 8 KiB
+
+# stands for what a silo returns unasked: nothing of that is kept, and its verdict does not depend on it
+_UNASKED = Failure(FailureReason.INTERNAL, "no round waits for this result")
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class SiloSession:
         self._software_version = ""
         self._service = service
         self._orchestrator = service.orchestrator
-        self._transport = Transport(Role.COORDINATOR, rpc, self._on_sent)
+        self._transport = Transport(Role.COORDINATOR, rpc, self._on_sent, service.allowances[silo_id])
         self._offered: dict[str, tuple[str, memoryview]] = {}  # task -> the payload that follows its acceptance
         self._intakes: dict[str, Intake] = {}
         self._ended: asyncio.Future[tuple[grpc.StatusCode, str]] = asyncio.get_running_loop().create_future()
@@ -86,6 +97,8 @@ class SiloSession:
             if self._ended.done():
                 return self._ended.result()
             pump.result()
+        except ExcessError as error:
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
         except RemoteProtocolError as error:
             return grpc.StatusCode.INVALID_ARGUMENT, str(error)
         except StreamEndedError as error:
@@ -116,8 +129,8 @@ class SiloSession:
             old = f"this silo (fedrt {self._software_version}) does not understand {names}; upgrade it"
             self._submit(OfferRefused(self.silo_id, task.task_id, RefusalReason.METHOD_MISMATCH, old))
             return
-        if manifest is not None and not connection.may_announce:
-            busy = f"the session already has {MAX_OPEN_PAYLOADS} payloads under way"
+        if not connection.may_offer or (manifest is not None and not connection.may_announce):
+            busy = f"the session already has {MAX_OPEN_PAYLOADS} payloads or {MAX_OPEN_OFFERS} offers under way"
             self._submit(OfferRefused(self.silo_id, task.task_id, RefusalReason.BUSY, busy))
             return
         self._post(TaskOffer(task, manifest))
@@ -131,9 +144,18 @@ class SiloSession:
             self._post(ResultAck(task_id, verdict, message[:1000]))
 
     def cancel(self, task_id: str, message: str) -> None:
-        """Tell the silo to abandon a task."""
-        if self._transport.connection.our_phase is not Phase.START:
-            self._post(TaskCancel(task_id, message[:1000]))
+        """Tell the silo to abandon a task, and let go of what was going to it and of what was coming from it."""
+        if self._transport.connection.our_phase is Phase.START:
+            return
+        self._offered.pop(task_id, None)
+        self._transport.withdraw(task_id)
+        self._post(TaskCancel(task_id, message[:1000]))
+        intake = self._intakes.pop(task_id, None)
+        if intake is not None:
+            self._transport.pass_over(intake.payload_id)
+            intake.discard()
+            self._service.metrics.results.labels(Verdict.LATE.value).inc()
+            self.settle(task_id, Verdict.LATE, message)
 
     def replace(self) -> None:
         """End with ABORTED: a newer session of this silo has come."""
@@ -150,8 +172,6 @@ class SiloSession:
     def _post(self, frame: Frame) -> None:
         try:
             self._transport.post(frame)
-        except SilenceError as error:
-            self._end(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except LocalProtocolError as error:  # our bug ends this session, not the coordinator
             self._service.log.error("a frame could not be sent", silo=self.silo_id, reason=str(error))
             self._end(grpc.StatusCode.INTERNAL, "the coordinator failed; see its log")
@@ -201,12 +221,14 @@ class SiloSession:
             )
         )
         self.opened = True
-        self._submit(SessionOpened(self, hello))
+        waiting_for = self._orchestrator.active.waiting_for
+        wanted = tuple(task for task in hello.held_tasks if waiting_for(self.silo_id, task.task_id))
+        self._submit(SessionOpened(self, replace(hello, held_tasks=wanted)))  # the others are nobody's business
 
     def _on_result(self, result: Result) -> None:
         expected = self._orchestrator.active.expectation(self.silo_id, result.task_id)
         if expected is None:
-            self._submit(ResultArrived(self.silo_id, result, None))  # its verdict is already known; no bytes are kept
+            self._submit(ResultArrived(self.silo_id, Result(result.task_id, _UNASKED, None), None))
             return
         try:
             check_announcement(result, expected.kind, expected.specs)
@@ -224,7 +246,7 @@ class SiloSession:
             self._collect(result, result.manifest)
 
     def _collect(self, result: Result, manifest: Manifest) -> None:
-        intake = Intake(manifest, self._service.limits.intake_directory)
+        intake = Intake(manifest, self._service.limits.intake_directory, self._service.intake_memory)
         self._intakes[result.task_id] = intake
 
         def done(data: memoryview | PayloadError) -> None:
@@ -250,7 +272,10 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         self.orchestrator = orchestrator
         self.metrics = metrics
         self.limits = limits
+        self.intake_memory = IntakeMemory(INTAKE_MEMORY_BYTES)
+        self.allowances: defaultdict[str, Allowance] = defaultdict(lambda: Allowance(time.monotonic()))
         self._sessions: set[SiloSession] = set()
+        self._by_silo: defaultdict[str, list[SiloSession]] = defaultdict(list)  # oldest first
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -260,28 +285,52 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         """Serve one silo. Who may call is decided before, by `authorization`."""
         await context.send_initial_metadata(())  # now: ending the call while the first frame is written would repeat it
         silo_id = peer_identity(context.auth_context()).name
-        if self._draining:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator is stopping; dial again later")
-        if len(self._sessions) >= self.limits.max_sessions:
-            await context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, "the coordinator serves as many silos as limits.max_sessions allows"
-            )
+        refusal = self._refusal(silo_id)
+        if refusal is not None:
+            await context.abort(*refusal)
         session = SiloSession(silo_id, context, self)
         log = self.log.bind(silo=silo_id, session=session.session_id)
-        self._sessions.add(session)
-        self._idle.clear()
-        self.metrics.sessions_open.set(len(self._sessions))
+        self._add(session)
         log.debug("session opens")
         try:
             status, message = await session.run()
         finally:
-            self._sessions.discard(session)
-            if not self._sessions:
-                self._idle.set()
-            self.metrics.sessions_open.set(len(self._sessions))
-        log.info("session ended", status=status.name, message=message)
+            self._remove(session)
+        log.info("session ended", status=status.name, message=message[:MAX_STATUS_TEXT])
         if status is not grpc.StatusCode.OK:
-            await context.abort(status, message)
+            await context.abort(status, message[:MAX_STATUS_TEXT])
+
+    def _refusal(self, silo_id: str) -> tuple[grpc.StatusCode, str] | None:
+        """Why no session opens now; None if one does, which is then paid for."""
+        if self._draining:
+            return grpc.StatusCode.UNAVAILABLE, "the coordinator is stopping; dial again later"
+        if self.orchestrator.backlog >= MAX_BACKLOG:
+            return grpc.StatusCode.UNAVAILABLE, "the coordinator is behind with its work; dial again later"
+        if not self.allowances[silo_id].spend(time.monotonic(), SESSION_COST):
+            self.log.warning("silo dials or floods too often", silo=silo_id)
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, "this silo has dialled or sent too often; dial again later"
+        if len(self._by_silo) >= self.limits.max_sessions and silo_id not in self._by_silo:
+            message = "the coordinator serves as many silos as limits.max_sessions allows"
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, message
+        return None
+
+    def _add(self, session: SiloSession) -> None:
+        of_silo = self._by_silo[session.silo_id]
+        of_silo.append(session)
+        if len(of_silo) > MAX_SESSIONS_OF_A_SILO:
+            of_silo[0].replace()
+        self._sessions.add(session)
+        self._idle.clear()
+        self.metrics.sessions_open.set(len(self._sessions))
+
+    def _remove(self, session: SiloSession) -> None:
+        self._sessions.discard(session)
+        self._by_silo[session.silo_id].remove(session)
+        if not self._by_silo[session.silo_id]:
+            del self._by_silo[session.silo_id]
+        if not self._sessions:
+            self._idle.set()
+        self.metrics.sessions_open.set(len(self._sessions))
 
     async def drain(self, grace_period: float) -> None:
         """Tell every silo that the coordinator is stopping and wait until the sessions have ended."""

@@ -88,6 +88,8 @@ class Chunk:
     def __post_init__(self) -> None:
         if not 0 < len(self.data) <= CHUNK_BYTES:
             raise PayloadError(f"a chunk has {len(self.data)} bytes; allowed are 1 to {CHUNK_BYTES}")
+        if len(self.payload_id) > MAX_ID_LENGTH:
+            raise PayloadError(f"a payload id has {len(self.payload_id)} characters; allowed are 1 to {MAX_ID_LENGTH}")
 
 
 def headers_of(tensors: Tensors) -> tuple[TensorHeader, ...]:

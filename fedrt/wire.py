@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedrt.errors import FailureReason, PayloadError, SpecError
-from fedrt.payload import Manifest
+from fedrt.payload import MAX_NAME_LENGTH, Manifest
 from fedrt.session.frames import (
+    MAX_LIST_LENGTH,
+    MAX_NAMES,
     MAX_TEXT_LENGTH,
     CoordinatorFrame,
     Drain,
@@ -33,6 +35,7 @@ from fedrt.v1 import task_pb2 as task_pb
 from fedrt.wire_values import (
     KIND,
     EnumMap,
+    at_most,
     chunk_from_pb,
     chunk_to_pb,
     duration_from_pb,
@@ -46,6 +49,7 @@ from fedrt.wire_values import (
 )
 
 MAX_METRICS = 256
+_NAMES = "a list of names in Hello"
 
 _REFUSAL = EnumMap(RefusalReason, task_pb.RefusalReason, "REFUSAL_REASON")
 _FAILURE = EnumMap(FailureReason, task_pb.FailureReason, "FAILURE_REASON")
@@ -129,6 +133,8 @@ def _result_from_pb(message: task_pb.TaskResult) -> Result:
             success = message.success
             if len(success.metrics) > MAX_METRICS:
                 raise PayloadError(f"a result has {len(success.metrics)} metrics; allowed are {MAX_METRICS}")
+            if (longest := max(map(len, success.metrics), default=0)) > MAX_NAME_LENGTH:
+                raise PayloadError(f"a metric name has {longest} characters; allowed are {MAX_NAME_LENGTH}")
             if success.HasField("shared_tensors"):
                 manifest = manifest_from_pb(success.shared_tensors)
             outcome = Success(success.example_count, dict(success.metrics), duration_from_pb(success.work_duration))
@@ -172,13 +178,14 @@ def _hello_to_pb(frame: Hello) -> session_pb.Hello:
 def _hello_from_pb(message: session_pb.Hello) -> Hello:
     return Hello(
         software_version=message.software_version,
-        methods=tuple(message.methods),
+        methods=tuple(at_most(MAX_NAMES, message.methods, _NAMES)),
         held_tasks=tuple(
-            HeldTask(h.task_id, _HELD.back(HeldState, h.state, HeldState.RUNNING)) for h in message.held_tasks
+            HeldTask(h.task_id, _HELD.back(HeldState, h.state, HeldState.RUNNING))
+            for h in at_most(MAX_LIST_LENGTH, message.held_tasks)
         ),
         device=message.resources.device,
         memory_bytes=message.resources.memory_bytes,
-        capabilities=tuple(message.capabilities),
+        capabilities=tuple(at_most(MAX_NAMES, message.capabilities, _NAMES)),
     )
 
 
@@ -198,9 +205,9 @@ def _welcome_from_pb(message: session_pb.Welcome) -> Welcome:
         session_id=message.session_id,
         heartbeat_interval=duration_from_pb(message.heartbeat_interval),
         silence_limit=duration_from_pb(message.silence_limit),
-        obsolete_task_ids=tuple(message.obsolete_task_ids),
+        obsolete_task_ids=tuple(at_most(MAX_LIST_LENGTH, message.obsolete_task_ids)),
         software_version=message.software_version,
-        capabilities=tuple(message.capabilities),
+        capabilities=tuple(at_most(MAX_NAMES, message.capabilities)),
     )
 
 

@@ -1,6 +1,7 @@
 """Protobuf messages to and from values: enums, times, manifests, chunks and specifications. See `wire` for frames."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -8,8 +9,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from fedrt.errors import PayloadError
-from fedrt.payload import MAX_TENSORS, Chunk, ElementType, Manifest, TensorHeader
+from fedrt.payload import MAX_DIMENSIONS, MAX_TENSORS, Chunk, ElementType, Manifest, TensorHeader
 from fedrt.spec import (
+    MAX_CLASSES,
     EvaluationSpec,
     EvaluationSplit,
     ExperimentSpec,
@@ -30,6 +32,7 @@ from fedrt.v1 import task_pb2 as task_pb
 from fedrt.v1 import tensor_pb2 as tensor_pb
 
 _E = TypeVar("_E", bound=enum.Enum)
+_T = TypeVar("_T")
 
 
 class EnumMap:
@@ -58,6 +61,13 @@ _SCHEDULE = EnumMap(Schedule, task_pb.Schedule, "SCHEDULE")
 _PRECISION = EnumMap(Precision, task_pb.Precision, "PRECISION")
 _OPTIMIZER = EnumMap(OptimizerName, task_pb.OptimizerSpec.Algorithm, "ALGORITHM")
 _ON_TOO_FEW = EnumMap(OnTooFew, experiment_pb.RoundsSpec.OnTooFew, "ON_TOO_FEW")
+
+
+def at_most(limit: int, values: Sequence[_T], what: str = "a list") -> Sequence[_T]:
+    """The list as it arrived, before anything is made of its items. Raises `PayloadError` for one that is too long."""
+    if len(values) > limit:
+        raise PayloadError(f"{what} has {len(values)} items; allowed are {limit}")
+    return values
 
 
 def duration_to_pb(seconds: float) -> Duration:
@@ -104,7 +114,10 @@ def manifest_from_pb(message: tensor_pb.PayloadManifest) -> Manifest:
     if len(message.tensors) > MAX_TENSORS:
         raise PayloadError(f"a manifest has {len(message.tensors)} tensors; allowed are 1 to {MAX_TENSORS}")
     headers = tuple(
-        TensorHeader(h.name, _ELEMENT.back(ElementType, h.element_type), tuple(h.shape)) for h in message.tensors
+        TensorHeader(
+            h.name, _ELEMENT.back(ElementType, h.element_type), tuple(at_most(MAX_DIMENSIONS, h.shape, "a shape"))
+        )
+        for h in message.tensors
     )
     return Manifest(message.payload_id, headers, message.byte_count, message.sha256)
 
@@ -167,7 +180,7 @@ def local_spec_from_pb(message: task_pb.LocalSpec) -> LocalSpec:
             context_dim=message.model.context_dim,
             feature_dim=message.model.feature_dim,
         ),
-        classes=tuple(message.class_names),
+        classes=tuple(at_most(MAX_CLASSES, message.class_names)),
         training=TrainingSpec(
             local_epochs=training.local_epochs,
             batch_size=training.batch_size,
@@ -185,7 +198,7 @@ def local_spec_from_pb(message: task_pb.LocalSpec) -> LocalSpec:
         evaluation=LocalEvaluationSpec(
             tuple(_SPLIT.back(EvaluationSplit, split) for split in message.evaluation.splits)
             or LocalEvaluationSpec.splits,
-            tuple(message.evaluation.novel_class_names),
+            tuple(at_most(MAX_CLASSES, message.evaluation.novel_class_names)),
         ),
         seed=message.seed,
     )

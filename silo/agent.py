@@ -21,7 +21,7 @@ from fedrt.tensors import Scope, Tensors, TensorSpec, check_tensors, of_scope
 from silo import ledger as ledgers
 from silo.departures import check_release
 from silo.ledger import HoldState, Ledger, LedgerEvent
-from silo.policy import Policy, judge
+from silo.policy import Policy, judge, judge_announcement
 from silo.spool import Spooled
 from silo.stores import Stores
 from silo.work import Worker, WorkerReport, WorkOrder, WorkOutcome
@@ -215,8 +215,10 @@ class Agent:
     async def _offer_arrived(self, message: OfferArrived) -> None:
         task = message.task
         refusal = judge(task, self._policy, self._report)
+        specs = task.local.tensors() if refusal is None else ()
+        if refusal is None and message.manifest is not None:
+            refusal = judge_announcement(message.manifest.byte_count, specs)
         if refusal is None and self._ledger.state(task.task_id) is None:
-            specs = task.local.tensors()
             self._accepted[task.task_id] = _Accepted(task, message.manifest, specs, time.monotonic() + task.time_limit)
         offered = ledgers.Offered(task.task_id, task.experiment_id, message.manifest is not None)
         if refusal is not None:

@@ -1,5 +1,6 @@
 """What a site allows: a pure function of the offered task, the site's rules and what the silo holds."""
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -7,7 +8,7 @@ from fedrt.errors import SpecError
 from fedrt.methods import method_names
 from fedrt.spec import EvaluationSplit
 from fedrt.task import RefusalReason, Task, TaskKind
-from fedrt.tensors import schema_sha256
+from fedrt.tensors import Scope, TensorSpec, of_scope, schema_sha256
 from silo.work import WorkerReport
 
 
@@ -34,6 +35,17 @@ class Refusal:
 def judge(task: Task, policy: Policy, report: WorkerReport) -> Refusal | None:
     """None if the silo takes the task. The site's own rules come first."""
     return _judge_policy(task, policy, report) or _judge_method(task, report) or _judge_model(task, report)
+
+
+def judge_announcement(announced_bytes: int, specs: tuple[TensorSpec, ...]) -> Refusal | None:
+    """None if the tensors that are to follow the offer are no larger than those the method declares.
+
+    They are collected in memory; whether they are the declared ones is checked once they are here.
+    """
+    declared = sum(4 * math.prod(spec.shape) for spec in of_scope(specs, Scope.SHARED))
+    if announced_bytes <= declared:
+        return None
+    return _mismatch(f"the offer announces {announced_bytes} bytes of tensors; the method declares {declared}")
 
 
 def _judge_policy(task: Task, policy: Policy, report: WorkerReport) -> Refusal | None:

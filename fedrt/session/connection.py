@@ -38,6 +38,7 @@ from fedrt.session.frames import (
 )
 
 MAX_OPEN_PAYLOADS = 64
+MAX_OPEN_OFFERS = 100
 
 
 class Role(enum.Enum):
@@ -138,6 +139,20 @@ class Connection:
         """Whether a payload of ours is announced, still wanted, and not completely sent."""
         return payload_id in self._speakers[self.our_role].payloads
 
+    def is_owed(self, payload_id: str) -> bool:
+        """Whether a payload of the peer is announced, still wanted, and not completely here."""
+        return payload_id in self._speakers[self._peer_role].payloads
+
+    def payloads_of(self, task_id: str) -> frozenset[str]:
+        """What we announced with a task and have not completely sent."""
+        open_payloads = self._speakers[self.our_role].payloads
+        return frozenset(key for key, progress in open_payloads.items() if progress.task_id == task_id)
+
+    @property
+    def may_offer(self) -> bool:
+        """Whether one more offer of ours may await its reply."""
+        return sum(phase is TaskPhase.OFFERED for phase in self._tasks.values()) < MAX_OPEN_OFFERS
+
     @property
     def may_announce(self) -> bool:
         """Whether one more payload of ours may be announced."""
@@ -204,6 +219,8 @@ class Connection:
     def _apply_offer(self, speaker: _Speaker, task_id: str, manifest: Manifest | None) -> None:
         if task_id in self._tasks:
             raise _Illegal(f"task {task_id!r} is already {self._tasks[task_id].value}")
+        if not self.may_offer:
+            raise _Illegal(f"more than {MAX_OPEN_OFFERS} offers are open")
         self._announce(speaker, task_id, manifest)
         self._tasks[task_id] = TaskPhase.OFFERED
 

@@ -164,6 +164,8 @@ class UnreadableResult:
 
     def __post_init__(self) -> None:
         _check_id(self.task_id)
+        if len(self.payload_id) > MAX_ID_LENGTH:  # it is kept, and no chunk can name it
+            raise PayloadError(f"a payload id has {len(self.payload_id)} characters; allowed are 1 to {MAX_ID_LENGTH}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from coordinator.blobs import INLINE_BYTES, Landed
-from coordinator.intake import Intake, clear
+from coordinator.intake import Intake, IntakeMemory, clear
 from fedrt.errors import PayloadError
 from fedrt.payload import describe
 
@@ -24,7 +24,7 @@ def announced(elements, bad=None):
 def taken(directory, elements, piece_bytes, bad=None):
     """An intake that has been given the whole payload in pieces."""
     manifest, data = announced(elements, bad)
-    intake = Intake(manifest, directory)
+    intake = Intake(manifest, directory, IntakeMemory(1 << 22))
     for start in range(0, len(data), piece_bytes):
         intake.write(data[start : start + piece_bytes])
     return intake, data
@@ -66,7 +66,7 @@ def test_a_value_that_is_not_finite_is_found_however_the_bytes_are_cut(tmp_path,
 @pytest.mark.parametrize("elements", [SMALL, LARGE])
 def test_nothing_is_left_of_a_result_that_is_given_up(tmp_path, elements):
     manifest, data = announced(elements)
-    intake = Intake(manifest, tmp_path)
+    intake = Intake(manifest, tmp_path, IntakeMemory(1 << 22))
     intake.write(data[:1000])
     intake.discard()
     intake.discard()
@@ -78,3 +78,45 @@ def test_what_an_earlier_run_left_is_cleared(tmp_path):
     assert list(tmp_path.iterdir())
     clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_small_results_share_a_bounded_memory_and_go_to_files_beyond_it(tmp_path):
+    memory = IntakeMemory(2 * 4 * SMALL)
+    manifest, data = announced(SMALL)
+    blobs = []
+    for _ in range(3):
+        intake = Intake(manifest, tmp_path, memory)
+        intake.write(data)
+        blobs.append(intake.finish())
+    assert blobs[:2] == [data, data]
+    assert isinstance(blobs[2], Landed)
+    assert blobs[2].path.read_bytes() == data
+    assert memory.taken == 2 * 4 * SMALL
+
+
+def test_memory_is_given_back_with_the_last_reference_to_the_bytes(tmp_path):
+    memory = IntakeMemory(100)
+    manifest, data = announced(SMALL)
+    intake = Intake(manifest, tmp_path, memory)
+    intake.write(data)
+    blob = intake.finish()
+    del intake
+    assert memory.taken == 4 * SMALL
+    del blob
+    assert memory.taken == 0
+
+
+def test_what_is_given_up_gives_its_memory_back(tmp_path):
+    memory = IntakeMemory(100)
+    manifest, data = announced(SMALL)
+    intake = Intake(manifest, tmp_path, memory)
+    intake.write(data[:1])
+    assert memory.taken == 4 * SMALL
+    intake.discard()
+    assert memory.taken == 0
+
+
+def test_an_announcement_alone_takes_no_memory(tmp_path):
+    memory = IntakeMemory(100)
+    Intake(announced(SMALL)[0], tmp_path, memory).discard()
+    assert memory.taken == 0

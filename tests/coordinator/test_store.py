@@ -315,6 +315,16 @@ class TestBlobs:
         committed(store, silos={"north": NORTH})
         assert loan == data
 
+    @pytest.mark.parametrize("known", [False, True])
+    def test_a_small_blob_that_arrived_in_a_file_is_as_good_as_one_from_memory(self, store, reopened, directory, known):
+        ref, data = tensors(6)
+        if known:
+            committed(store, blobs={ref.sha256: data})
+        committed(store, blobs={ref.sha256: landed(directory, data)})
+        assert store.blob(ref) == data
+        assert reopened().blob(ref) == data
+        assert not (directory / "landing" / "arrival").exists()
+
 
 class TestAtomicity:
     def spoilt(self):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+import weakref
 from collections import Counter
 
 import grpc
@@ -11,7 +12,8 @@ import pytest
 
 from fedrt import transport
 from fedrt.errors import LocalProtocolError, PayloadError, RemoteProtocolError
-from fedrt.payload import CHUNK_BYTES, Manifest, describe
+from fedrt.payload import CHUNK_BYTES, Chunk, Manifest, describe
+from fedrt.session.allowance import Allowance
 from fedrt.session.connection import Role
 from fedrt.session.frames import (
     Drain,
@@ -26,8 +28,8 @@ from fedrt.session.frames import (
     TaskResult,
     Welcome,
 )
-from fedrt.task import Result, Success, Verdict
-from fedrt.transport import SilenceError, Transport
+from fedrt.task import RefusalReason, Result, Success, Verdict
+from fedrt.transport import ExcessError, SilenceError, Transport
 from fedrt.v1 import session_service_pb2 as session_pb
 from fedrt.wire import request_to_pb
 from tests.samples import payload, task
@@ -347,8 +349,12 @@ async def test_frames_for_a_peer_that_does_not_read_are_bounded():
         unwritten = 10 - both.responses.written["task_cancel"]
         for _ in range(10_000 - unwritten):
             both.coordinator.transport.post(TaskCancel("t1"))
-        with pytest.raises(SilenceError, match="the peer has left 10000 frames unread"):
-            both.coordinator.transport.post(TaskCancel("t1"))
+        await asyncio.sleep(0)
+        assert not both.coordinator.running.done()
+        for _ in range(100):
+            both.coordinator.transport.post(TaskCancel("t1"))  # it raises nothing: whoever posts need not know
+        with pytest.raises(ExcessError, match="the peer has left 10000 frames unread"):
+            await asyncio.wait_for(both.coordinator.running, PATIENCE)
         assert both.responses.written["task_cancel"] <= 2
 
 
@@ -452,3 +458,145 @@ async def test_a_handler_that_fails_ends_the_session_with_its_error():
         both.coordinator.transport.post(TaskCancel("t1"))
         with pytest.raises(ZeroDivisionError):
             await asyncio.wait_for(both.silo.running, PATIENCE)
+
+
+# --- bounds
+
+
+async def opened_with_few_tokens(both, tokens=3.0):
+    """Both ends are open, and what the silo may send unasked is nearly used up and does not come back."""
+    await both.open()
+    both.coordinator.transport._allowance = Allowance(time.monotonic(), left=tokens, rate=0.0)
+
+
+FLOODS = {
+    "heartbeats": session_pb.OpenSessionRequest(heartbeat=session_pb.Heartbeat()),
+    "frames of a later version": session_pb.OpenSessionRequest.FromString(b"\xfa\x01\x01x"),
+    "progress": request_to_pb(TaskProgress("t1", 1, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+async def test_a_flood_of_frames_that_nobody_asked_for_ends_the_session(kind):
+    async with pair() as both:
+        await both.open()
+        await accept_a_task(both)
+        both.coordinator.transport._allowance = Allowance(time.monotonic(), left=3.0, rate=0.0)
+        for _ in range(3):
+            await both.requests.write(FLOODS[kind])
+        both.silo.transport.post(Drain("still here", 1.0, reconnect=False))
+        await until(lambda: both.coordinator.count(Drain))
+        assert not both.coordinator.running.done()
+        await both.requests.write(FLOODS[kind])
+        with pytest.raises(ExcessError, match="frames that nobody asked for"):
+            await asyncio.wait_for(both.coordinator.running, PATIENCE)
+
+
+async def test_a_payload_in_crumbs_is_a_flood_and_one_in_whole_chunks_is_not():
+    async with pair() as both:
+        await opened_with_few_tokens(both)
+        await accept_a_task(both)
+        manifest, data = large_payload(9)
+        both.coordinator.collect(manifest)
+        both.silo.transport.post(result(manifest))
+        both.silo.transport.post_payload("p1", data)
+        await until(lambda: both.coordinator.payloads)
+        await accept_a_task(both, task_id="t2")
+        crumbled, data = large_payload(1, "p2")
+        both.silo.transport.post(result(crumbled, "t2"))
+        await until(lambda: both.coordinator.count(TaskResult) == 2)
+        for at in range(4):
+            await both.requests.write(request_to_pb(PayloadChunk(Chunk("p2", at, data[at : at + 1]))))
+        with pytest.raises(ExcessError):
+            await asyncio.wait_for(both.coordinator.running, PATIENCE)
+
+
+async def test_a_payload_smaller_than_a_crumb_counts_for_nothing():
+    async with pair() as both:
+        await opened_with_few_tokens(both, tokens=0.0)
+        manifest, data = payload()
+        await accept_a_task(both)
+        both.coordinator.collect(manifest)
+        both.silo.transport.post(result(manifest))
+        both.silo.transport.post_payload("p1", data)
+        await until(lambda: both.coordinator.payloads)
+        assert both.coordinator.payloads["p1"] == data
+
+
+async def test_a_coordinator_that_floods_cancellations_ends_the_silos_session_and_no_more():
+    async with pair() as both:
+        await both.open()
+        both.silo.transport._allowance = Allowance(time.monotonic(), left=2.0, rate=0.0)
+        for _ in range(3):
+            both.coordinator.transport.post(TaskCancel("t1"))
+        with pytest.raises(ExcessError):
+            await asyncio.wait_for(both.silo.running, PATIENCE)
+        assert both.silo.count(TaskCancel) == 2
+
+
+async def test_a_withdrawn_payload_is_let_go_of():
+    async with pair(room=1) as both:
+        await both.open()
+        manifest, data = large_payload(200)
+        kept, kept_data = large_payload(3, "kept")
+        await accept_a_task(both, manifest)
+        await accept_a_task(both, kept, "t2")
+        both.silo.collect(kept)
+        alive = memoryview(bytes(data))
+        watched = weakref.ref(alive)
+        both.coordinator.transport.post_payload("p1", alive)
+        del alive
+        both.coordinator.transport.post_payload("kept", kept_data)
+        both.coordinator.transport.withdraw("t1")
+        assert watched() is None
+        await until(lambda: both.silo.payloads)
+        assert both.silo.payloads["kept"] == kept_data
+        assert both.responses.written["payload_chunk"] == 3
+
+
+async def test_a_payload_that_is_passed_over_is_not_collected_and_disturbs_nothing():
+    async with pair() as both:
+        await both.open()
+        manifest, data = large_payload(3)
+        await accept_a_task(both)
+        both.coordinator.collect(manifest)
+        both.silo.transport.post(result(manifest))
+        await until(lambda: both.coordinator.count(TaskResult))
+        both.coordinator.transport.pass_over("p1")
+        both.silo.transport.post_payload("p1", data)
+        both.silo.transport.post(Drain("done", 1.0, reconnect=False))
+        await until(lambda: both.requests.written["payload_chunk"] == 3)
+        await accept_a_task_refused(both)
+        assert both.coordinator.payloads == {}
+
+
+async def accept_a_task_refused(both):
+    """A frame to and fro: whatever was sent before has arrived."""
+    both.coordinator.transport.post(TaskOffer(task("last"), None))
+    await until(lambda: any(isinstance(f, TaskOffer) and f.task.task_id == "last" for f in both.silo.arrived))
+    both.silo.transport.post(TaskReply("last", RefusalReason.DRAINING))
+    await until(lambda: both.coordinator.count(TaskReply) == 2)
+
+
+async def test_what_had_arrived_of_an_offer_is_dropped_with_its_task():
+    async with pair(room=1) as both:
+        await both.open()
+        manifest, data = large_payload(50)
+        await accept_a_task(both, manifest)
+        both.silo.collect(manifest)
+        chunk_sent = asyncio.Event()
+
+        def withdraw(frame):
+            if isinstance(frame, PayloadChunk):
+                both.coordinator.transport.withdraw("t1")
+                chunk_sent.set()
+
+        both.coordinator.transport._on_sent = withdraw
+        both.coordinator.transport.post_payload("p1", data)
+        await asyncio.wait_for(chunk_sent.wait(), PATIENCE)
+        assert list(both.silo.transport._collecting) == ["p1"]
+        both.silo.transport.post(result())
+        await until(lambda: both.coordinator.count(TaskResult))
+        both.coordinator.transport.post(ResultAck("t1", Verdict.LATE))
+        await until(lambda: both.silo.count(ResultAck))
+        assert both.silo.transport._collecting == {}

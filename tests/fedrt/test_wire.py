@@ -1,6 +1,8 @@
 """The wire: every frame survives serialisation, and what cannot be read becomes an error with an owner."""
 
 import contextlib
+import re
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -355,3 +357,51 @@ def test_every_kind_of_task_has_a_number_on_the_wire():
     for kind in TaskKind:
         frame = TaskOffer(task("t", kind), None)
         assert response_from_pb(response_to_pb(frame)) == frame
+
+
+MANY = 300_000  # items of one or two bytes: more than a list may have, and no more than a message may have
+
+
+def many_tasks():
+    return Request(hello=session_pb.Hello(held_tasks=[session_pb.HeldTask()] * MANY))
+
+
+def many_names(field):
+    return Request(hello=session_pb.Hello(**{field: [""] * MANY}))
+
+
+@pytest.mark.parametrize("message", [many_tasks(), many_names("methods"), many_names("capabilities")])
+def test_a_long_list_is_refused_before_anything_is_made_of_its_items(message):
+    tracemalloc.start()
+    try:
+        with pytest.raises(PayloadError, match=f"has {MANY} items"):
+            request_from_pb(message)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_extents_of_a_tensor_are_counted_before_they_are_read():
+    message = result_message()
+    message.task_result.success.shared_tensors.tensors[0].shape.extend([1] * MANY)
+    frame = request_from_pb(message)
+    assert isinstance(frame, UnreadableResult)
+    assert re.search(r"a shape has \d+ items; allowed are 8", frame.message)
+
+
+def test_a_metric_with_an_endless_name_makes_a_result_unreadable():
+    message = result_message()
+    message.task_result.success.metrics["m" * 129] = 1.0
+    assert request_from_pb(message) == UnreadableResult("t1", "a metric name has 129 characters; allowed are 128", "p1")
+
+
+def test_an_unreadable_result_keeps_no_endless_id():
+    message = result_message()
+    message.task_result.success.shared_tensors.payload_id = "p" * 201
+    with pytest.raises(PayloadError, match="a payload id has 201 characters"):
+        request_from_pb(message)
+
+
+def test_a_chunk_does_not_name_an_endless_payload():
+    with pytest.raises(PayloadError, match="a payload id has 201 characters"):
+        request_from_pb(Request(payload_chunk=tensor_pb.PayloadChunk(payload_id="p" * 201, data=b"x")))

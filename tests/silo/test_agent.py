@@ -412,6 +412,16 @@ async def test_a_task_the_policy_forbids_is_refused_with_the_reason(tmp_path: Pa
     await site.stop()
 
 
+async def test_an_offer_of_more_than_the_method_declares_is_refused_before_a_byte_arrives(site: Site):
+    task_ = offered()
+    site.agent.submit(OfferArrived(task_, describe("t1", {"context": np.zeros((4, 8), np.float32)})[0]))
+    reply = await site.session.next()
+    assert (reply.refusal, reply.message) == (
+        RefusalReason.METHOD_MISMATCH,
+        "the offer announces 128 bytes of tensors; the method declares 64",
+    )
+
+
 async def test_a_full_disk_holds_the_result_back_until_there_is_space(site: Site, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("silo.stores.DISK_RETRY_DELAY", 0.01)
     refusals: list[str] = []

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 from hypothesis import given
@@ -6,8 +7,8 @@ from hypothesis import strategies as st
 
 from fedrt.spec import EvaluationSplit, LocalEvaluationSpec, ModelSpec
 from fedrt.task import RefusalReason, Task, TaskKind
-from fedrt.tensors import schema_sha256
-from silo.policy import Policy, judge
+from fedrt.tensors import Scope, of_scope, schema_sha256
+from silo.policy import Policy, judge, judge_announcement
 from silo.work import WorkerReport
 from tests.samples import MODEL, local_spec, task
 
@@ -149,3 +150,12 @@ def test_hyperparameters_that_are_no_mapping_are_refused_and_do_not_end_the_daem
     refusal = judge(offered(local=spec), Policy(), REPORT)
     assert refusal is not None
     assert refusal.reason is RefusalReason.METHOD_MISMATCH
+
+
+def test_an_offer_announces_no_more_bytes_than_the_method_declares():
+    specs = offered().local.tensors()
+    declared = sum(4 * math.prod(spec.shape) for spec in of_scope(specs, Scope.SHARED))
+    assert judge_announcement(declared, specs) is None
+    refusal = judge_announcement(declared + 1, specs)
+    assert refusal.reason is RefusalReason.METHOD_MISMATCH
+    assert refusal.message == f"the offer announces {declared + 1} bytes of tensors; the method declares {declared}"

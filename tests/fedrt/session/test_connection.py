@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedrt.errors import LocalProtocolError, RemoteProtocolError
 from fedrt.payload import CHUNK_BYTES, Chunk
-from fedrt.session.connection import MAX_OPEN_PAYLOADS, Connection, Phase, Role, TaskPhase
+from fedrt.session.connection import MAX_OPEN_OFFERS, MAX_OPEN_PAYLOADS, Connection, Phase, Role, TaskPhase
 from fedrt.session.frames import (
     Drain,
     Heartbeat,
@@ -355,6 +355,26 @@ class TestChunks:
         wire.illegal(COORDINATOR, more, "more than 64 payloads are open")
         wire.say((COORDINATOR, offer("without")))
         wire.say((SILO, reply("t0", RefusalReason.BUSY)), (COORDINATOR, more))
+
+    def test_too_many_offers_without_a_reply_are_illegal(self):
+        wire = opened()
+        for number in range(MAX_OPEN_OFFERS):
+            assert wire.ends[COORDINATOR].may_offer
+            wire.say((COORDINATOR, offer(f"t{number}")))
+        assert not wire.ends[COORDINATOR].may_offer
+        wire.illegal(COORDINATOR, offer("more"), "more than 100 offers are open")
+        wire.say((SILO, reply("t0")), (COORDINATOR, offer("more")))
+
+    def test_the_payloads_of_a_task_are_those_announced_and_not_completely_sent(self):
+        wire = opened()
+        wire.say((COORDINATOR, offer("t1", MANIFEST)), (SILO, reply("t1")))
+        assert wire.ends[COORDINATOR].payloads_of("t1") == {"p1"}
+        assert wire.ends[COORDINATOR].payloads_of("t2") == frozenset()
+        assert wire.ends[SILO].is_owed("p1")
+        assert not wire.ends[COORDINATOR].is_owed("p1")
+        wire.say((COORDINATOR, chunk(0, 16)))
+        assert wire.ends[COORDINATOR].payloads_of("t1") == frozenset()
+        assert not wire.ends[SILO].is_owed("p1")
 
     def test_too_many_open_results_are_illegal(self):
         names = [f"t{number}" for number in range(MAX_OPEN_PAYLOADS + 1)]

@@ -153,7 +153,7 @@ class _Round:
         if before is None and self._kind is TaskKind.TRAIN:
             self._problems.append("the tensors that the round began with are damaged or missing")
             return
-        updates = gather(self._store, self._tasks, None, None).updates
+        updates = gather(self._store.blob, self._tasks, None).updates
         specs = of_scope(self._experiment.spec.local.tensors(), Scope.SHARED)
         try:
             for update in updates:

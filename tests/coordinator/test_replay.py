@@ -103,8 +103,7 @@ class Federation:
                 events=[failed, ended, evaluated],
             )
         )
-        current = self.store.blob(before.shared) if before else None
-        self.keep(number, *combine(self.spec, kind, gather(self.store, list(tasks.values()), before, current)))
+        self.keep(number, *combine(self.spec, kind, gather(self.store.blob, list(tasks.values()), before)))
 
     # ---- what somebody might change afterwards
 

@@ -3,7 +3,10 @@
 import asyncio
 import dataclasses
 import functools
+import json
 import shutil
+import signal
+import subprocess
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +25,7 @@ from fedrt.tensors import Scope, of_scope, seeded_generator
 from fedrt.v1 import admin_service_pb2 as pb
 from silo.departures import read_lines
 from silo.work import OnProgress, WorkOrder, WorkOutcome
+from tests.cli.processes import assert_one_message, coordinator, run
 from tests.fakes.federation import Federation, make_spec
 from tests.fakes.workers import FakeWorker, report
 from tests.integration.conftest import Logs
@@ -148,7 +152,7 @@ async def test_01_silos_that_are_further_than_a_restored_coordinator_end_with_th
     state, backup = federation.directory / "coordinator", tmp_path / "backup"
     silos = workers((2, 4))
     pauses, reached = silos["west"].pauses, silos["west"].reached
-    coordinator = federation.start_coordinator()
+    daemon = federation.start_coordinator()
     for name, worker in silos.items():
         federation.start_silo(name, worker)
     await federation.create("long", spec_of(method))
@@ -159,7 +163,7 @@ async def test_01_silos_that_are_further_than_a_restored_coordinator_end_with_th
         await reached[4].wait()
     if method != "coop":
         assert_all_agree(await asyncio.to_thread(replayed, state, "long"), 3)  # beside the running coordinator
-    await coordinator.kill()
+    await daemon.kill()
     if west == "has finished":  # a result of a round that the restored coordinator does not know yet
         pauses[4].set()
         await spooled(federation, "west")
@@ -183,7 +187,7 @@ async def test_02_an_experiment_that_the_backup_does_not_know_can_be_created_aga
 ) -> None:
     state, backup = federation.directory / "coordinator", tmp_path / "backup"
     silos = workers((4,))
-    coordinator = federation.start_coordinator()
+    daemon = federation.start_coordinator()
     for name, worker in silos.items():
         federation.start_silo(name, worker)
     async with federation.admin():
@@ -192,7 +196,7 @@ async def test_02_an_experiment_that_the_backup_does_not_know_can_be_created_aga
     other = dataclasses.replace(later, local=dataclasses.replace(later.local, seed=99))
     await federation.create("long", other)  # with private tensors that the silos keep
     await asyncio.wait_for(silos["west"].reached[4].wait(), 60)
-    await coordinator.kill()
+    await daemon.kill()
     shutil.rmtree(state)
     await asyncio.to_thread(restore, backup, state)
     federation.start_coordinator()
@@ -233,3 +237,41 @@ async def test_03_what_a_replay_counts_is_what_left_the_silos_retries_and_all(fe
         for part in found.counted:
             assert (str(found.number), part.silo_id, part.sha256) in left
     assert len(left) == 3 * 3 + 1
+
+
+async def test_04_an_operator_loses_the_coordinators_disk(federation: Federation, tmp_path: Path) -> None:
+    config, state, backup = federation.coordinator_yaml(), federation.directory / "coordinator", tmp_path / "backup"
+    silos = workers((2,))
+
+    async def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return await asyncio.to_thread(run, "fedrt-coordinator", *arguments, "--config", config)
+
+    for name, worker in silos.items():
+        federation.start_silo(name, worker)
+    with coordinator(tmp_path, config) as first:
+        await asyncio.to_thread(first.hear, "READY=1")
+        await federation.create("long", spec_of("promptfolio"))
+        await asyncio.wait_for(silos["west"].reached[2].wait(), 60)
+        done = await command("backup", backup)
+        assert done.returncode == 0, done.stderr
+        assert_one_message(await command("backup", backup), 78, f"'{backup}' exists already")
+        assert_one_message(await command("restore", backup), 78, "is in use by another running daemon; stop that one")
+        running = await command("replay", "long")
+        assert "experiment 'long' (running): 2 of 2 agree" in running.stdout
+        first.signal(signal.SIGKILL)
+        await asyncio.to_thread(first.end)
+    assert_one_message(await command("restore", backup), 78, "holds a store ('coordinator.db')", "move it away first")
+    state.rename(tmp_path / "lost")
+    done = await command("restore", backup)
+    assert done.returncode == 0, done.stderr
+    silos["west"].pauses[2].set()
+    with coordinator(tmp_path, config) as second:
+        await asyncio.to_thread(second.hear, "READY=1")
+        ended = await ending(federation, silos)
+        second.signal(signal.SIGTERM)
+        await federation.stop()
+        assert await asyncio.to_thread(second.end) == 0
+    assert ended == await undisturbed(tmp_path / "calm", "promptfolio")
+    done = await command("replay", "long", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["agrees"]

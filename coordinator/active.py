@@ -23,6 +23,7 @@ class Expectation:
 
     kind: TaskKind
     specs: tuple[TensorSpec, ...]
+    sent_sha256: str = ""  # of the shared tensors to begin from; empty if there are none
 
 
 @dataclass
@@ -82,7 +83,11 @@ class ActiveExperiments:
     def expectation(self, silo_id: str, task_id: str) -> Expectation | None:
         """What is expected of a task, if a round waits for it."""
         active = self.waiting_for(silo_id, task_id)
-        return Expectation(active.tasks[task_id].kind, active.specs) if active else None
+        if active is None:
+            return None
+        kind = active.tasks[task_id].kind
+        sent = None if kind is TaskKind.INITIALIZE else active.checkpoint
+        return Expectation(kind, active.specs, sent.shared.sha256 if sent else "")
 
     def obsolete(self, silo_id: str, held: tuple[HeldTask, ...]) -> tuple[str, ...]:
         """Running tasks the silo may drop. A finished one is never obsolete: its result gets a verdict."""

@@ -12,7 +12,7 @@ def recorded(
 ) -> tuple[TaskRecord, ResultStored | ResultFailed]:
     """The task with its outcome, and what the round is told. A reported failure is accepted too: it is settled."""
     match outcome:
-        case Success(example_count, metrics, work_duration):
+        case Success(example_count, metrics, work_duration, _):
             done = replace(
                 task,
                 verdict=Verdict.ACCEPTED,

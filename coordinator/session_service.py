@@ -231,7 +231,7 @@ class SiloSession:
             self._submit(ResultArrived(self.silo_id, Result(result.task_id, _UNASKED, None), None))
             return
         try:
-            check_announcement(result, expected.kind, expected.specs)
+            check_announcement(result, expected.kind, expected.specs, expected.sent_sha256)
             if result.manifest is not None and result.manifest.byte_count > self._service.limits.max_payload_bytes:
                 raise PayloadError(
                     f"the payload has {result.manifest.byte_count} bytes; limits.max_payload of the coordinator allows "

@@ -11,14 +11,18 @@ from fedrt.tensors import Scope, TensorSpec, of_scope
 MAX_METRIC_NAME = 100
 
 
-def check_announcement(result: Result, kind: TaskKind, specs: Iterable[TensorSpec]) -> None:
+def check_announcement(result: Result, kind: TaskKind, specs: Iterable[TensorSpec], sent_sha256: str = "") -> None:
     """Raise `TensorError` or `PayloadError` unless a success announces exactly the shared tensors and sound numbers.
 
-    Nothing of the payload has arrived yet: a wrong announcement costs no memory.
+    Nothing of the payload has arrived yet: a wrong announcement costs no memory. `sent_sha256` is the digest (hex) of
+    the shared tensors that the work had to begin from. A result that began from others was computed for a round that a
+    restored coordinator has forgotten.
     """
     success = result.outcome
     if not isinstance(success, Success):
         return
+    if success.received_sha256 not in ("", sent_sha256):
+        raise PayloadError("the result was computed from other shared tensors than those of this round")
     expected = () if kind is TaskKind.EVALUATE else of_scope(specs, Scope.SHARED)
     _check_manifest(result.manifest, expected)
     if success.example_count < 1 and kind is not TaskKind.INITIALIZE:

@@ -52,11 +52,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Success:
-    """What a finished task produced; the tensors travel apart."""
+    """What a finished task produced; the tensors travel apart.
+
+    `received_sha256`: the digest (hex) of the shared tensors that the work began from; empty if there were none or the
+    silo does not say.
+    """
 
     example_count: int
     metrics: Mapping[str, float]
     work_duration: float  # seconds
+    received_sha256: str = ""
 
 
 @dataclass(frozen=True)

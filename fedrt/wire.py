@@ -112,12 +112,13 @@ def _reply_from_pb(message: task_pb.TaskReply) -> TaskReply:
 
 def _result_to_pb(result: Result) -> task_pb.TaskResult:
     match result.outcome:
-        case Success(example_count, metrics, work_duration):
+        case Success(example_count, metrics, work_duration, received_sha256):
             success = task_pb.TaskSuccess(
                 shared_tensors=manifest_to_pb(result.manifest) if result.manifest else None,
                 example_count=example_count,
                 metrics=metrics,
                 work_duration=duration_to_pb(work_duration),
+                received_sha256=bytes.fromhex(received_sha256),
             )
             return task_pb.TaskResult(task_id=result.task_id, success=success)
         case Failure(reason, message):
@@ -137,7 +138,11 @@ def _result_from_pb(message: task_pb.TaskResult) -> Result:
                 raise PayloadError(f"a metric name has {longest} characters; allowed are {MAX_NAME_LENGTH}")
             if success.HasField("shared_tensors"):
                 manifest = manifest_from_pb(success.shared_tensors)
-            outcome = Success(success.example_count, dict(success.metrics), duration_from_pb(success.work_duration))
+            duration = duration_from_pb(success.work_duration)
+            received = success.received_sha256.hex()
+            if len(received) not in (0, 64):
+                raise PayloadError(f"a digest has {len(received) // 2} bytes; a SHA-256 digest has 32")
+            outcome = Success(success.example_count, dict(success.metrics), duration, received)
         case "failure":
             outcome = Failure(
                 _FAILURE.back(FailureReason, message.failure.reason, FailureReason.INTERNAL),

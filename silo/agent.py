@@ -300,7 +300,7 @@ class Agent:
         self._metrics.unreadable_files.set(self._report.unreadable_count)
         if self._ledger.state(task_id) is not HoldState.RUNNING:
             return  # cancelled meanwhile
-        task = self._accepted[task_id].task
+        task, manifest = self._accepted[task_id].task, self._accepted[task_id].manifest
         if isinstance(outcome, WorkError):
             self._metrics.tasks.labels(task.kind.value, "failed").inc()
             self._log.error("work failed", task=task_id, reason=outcome.reason.value, message=str(outcome))
@@ -308,7 +308,8 @@ class Agent:
             return
         self._metrics.tasks.labels(task.kind.value, "succeeded").inc()
         self._metrics.work_duration.labels(task.kind.value).observe(outcome.duration)
-        success = Success(outcome.example_count, dict(outcome.metrics), outcome.duration)
+        received = manifest.sha256.hex() if manifest else ""
+        success = Success(outcome.example_count, dict(outcome.metrics), outcome.duration, received)
         shared = {} if task.kind is TaskKind.EVALUATE else outcome.shared
         private = outcome.private if task.kind is TaskKind.TRAIN else {}
         await self._store(task, success, shared, private)

@@ -768,8 +768,14 @@ class TaskSuccess(_message.Message):
     EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     WORK_DURATION_FIELD_NUMBER: _builtins.int
+    RECEIVED_SHA256_FIELD_NUMBER: _builtins.int
     example_count: _builtins.int
     """The number of local examples behind this result."""
+    received_sha256: _builtins.bytes
+    """The SHA-256 digest of the shared tensors that the work began from, as
+    `TaskOffer.shared_tensors` announced them. 32 bytes; empty if there were
+    none, and from silos that do not say.
+    """
     @_builtins.property
     def shared_tensors(self) -> _tensor_pb2.PayloadManifest:
         """The shared tensors. For `TASK_KIND_TRAIN` the difference trained minus
@@ -792,10 +798,11 @@ class TaskSuccess(_message.Message):
         example_count: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         work_duration: _duration_pb2.Duration | None = ...,
+        received_sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shared_tensors", b"shared_tensors", "work_duration", b"work_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["example_count", b"example_count", "metrics", b"metrics", "shared_tensors", b"shared_tensors", "work_duration", b"work_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["example_count", b"example_count", "metrics", b"metrics", "received_sha256", b"received_sha256", "shared_tensors", b"shared_tensors", "work_duration", b"work_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

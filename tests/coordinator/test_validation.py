@@ -18,9 +18,9 @@ SHARED = {"context": np.ones((2, 3), np.float32), "scale": np.ones((), np.float3
 TRAIN, EVALUATE, INITIALIZE = TaskKind.TRAIN, TaskKind.EVALUATE, TaskKind.INITIALIZE
 
 
-def announced(tensors=None, example_count=3, metrics=None):
+def announced(tensors=None, example_count=3, metrics=None, received=""):
     manifest = describe("p", tensors)[0] if tensors else None
-    return Result("t1", Success(example_count, metrics or {}, 1.0), manifest)
+    return Result("t1", Success(example_count, metrics or {}, 1.0, received), manifest)
 
 
 @pytest.mark.parametrize("kind", [TRAIN, INITIALIZE])
@@ -90,3 +90,12 @@ def test_unusable_metrics_are_refused(metrics, message):
 
 def test_a_failure_has_nothing_to_check():
     check_announcement(Result("t1", Failure(FailureReason.INTERNAL, "broken"), None), TRAIN, SPECS)
+
+
+@pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
+def test_work_that_began_from_other_tensors_does_not_count(kind):
+    tensors = SHARED if kind is TRAIN else None
+    check_announcement(announced(tensors, received="ab" * 32), kind, SPECS, "ab" * 32)
+    check_announcement(announced(tensors), kind, SPECS, "ab" * 32)  # a silo of protocol 1.0 does not say
+    with pytest.raises(PayloadError, match="from other shared tensors than those of this round"):
+        check_announcement(announced(tensors, received="cd" * 32), kind, SPECS, "ab" * 32)

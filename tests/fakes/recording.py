@@ -88,6 +88,7 @@ def comparable(message: Any) -> Any:
         getattr(kept, kind).ClearField(name)
     if kind == "task_result":
         kept.task_result.success.ClearField("work_duration")
+        kept.task_result.success.ClearField("received_sha256")  # which protocol 1.0 had not
         if message.task_result.HasField("failure"):
             kept.task_result.CopyFrom(message.task_result)  # touching `success` above has set it
     return kept

@@ -56,6 +56,12 @@ def without_examples() -> Bad:
     return success("", described, examples=0), data
 
 
+def with_base(digest: bytes) -> Bad:
+    result, data = spoilt(lambda m: None)
+    result.success.received_sha256 = digest
+    return result, data
+
+
 EVIL: dict[str, tuple[Callable[[], Bad], str]] = {
     "another name": (
         lambda: spoilt(lambda m: None, {"contexts": ONES * 666}),
@@ -115,6 +121,11 @@ EVIL: dict[str, tuple[Callable[[], Bad], str]] = {
         lambda: with_metrics({f"metric-{index}": 1.0 for index in range(300)}),
         "a result has 300 metrics; allowed are 256",
     ),
+    "work from other tensors": (
+        lambda: with_base(bytes(32)),
+        "the result was computed from other shared tensors than those of this round",
+    ),
+    "a base digest of 31 bytes": (lambda: with_base(bytes(31)), "a digest has 31 bytes; a SHA-256 digest has 32"),
     "no outcome": (lambda: (task_pb.TaskResult(), b""), "a task result holds no outcome"),
 }
 

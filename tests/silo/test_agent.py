@@ -5,6 +5,7 @@ import dataclasses
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 async def test_a_result_is_on_disk_before_it_is_sent_and_until_its_verdict(site: Site):
     result, data = await site.do(offered())
-    assert result.outcome == Success(10, {"loss": 0.5}, 0.1)
+    assert result.outcome == Success(10, {"loss": 0.5}, 0.1, sha256(SHARED["context"].tobytes()).hexdigest())
     assert data == np.ones((2, 8), np.float32).tobytes()
     assert [spooled.task_id for spooled in site.spool.load()] == ["t1"]
     assert site.own() == 0

@@ -32,7 +32,7 @@ from fedrt.locking import DirectoryLock
 
 COLLECT_INTERVAL = 86_400.0  # seconds between two collections of a running coordinator
 SLICE_ROWS = 500  # rows that are looked at in one slice
-SLICE_BYTES = 32 << 20  # after so much has gone a slice ends; a slice takes tens of milliseconds
+SLICE_BYTES = 4 << 20  # after so much has gone a slice ends, a few milliseconds later where the disk is idle
 
 _NEEDED = (
     sa.exists().where(tasks.c.tensors_sha256 == blobs_table.c.sha256)

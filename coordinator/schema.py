@@ -1,5 +1,6 @@
 """Judges which schema a store has, and brings an older one up to date before it is used."""
 
+import logging
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +25,7 @@ def make_current(engine: sa.Engine, path: Path) -> None:
         revision = revision_of(connection, path)
     if revision == HEAD:
         return
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each plugin and step, from its import on
     from coordinator.migrations.upgrading import upgrade  # noqa: PLC0415  # a start with a current schema is quicker
 
     copy = path.with_name(f"{path.name}.before-{HEAD}")

@@ -1,6 +1,5 @@
 """Brings a database to the newest revision, with Alembic: all revisions in one transaction, or none."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ def upgrade(path: Path, revision: str | None) -> None:
 
     Raises what the database raises; then, as after a kill at any moment, the database is as it was.
     """
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each step; the store says it in one line
     engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), poolclass=sa.pool.NullPool)
     sa.event.listen(engine, "connect", _leave_transactions_to_us)
     sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))

@@ -1,7 +1,9 @@
 """The check at the start and the one by hand: what is damaged is named, and only what is needed keeps from starting."""
 
+import asyncio
 import json
 import sqlite3
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -15,9 +17,12 @@ from coordinator.records import Checkpoint
 from coordinator.store import Store
 from coordinator.verification import verify
 from fedrt.errors import DamageError, StorageError
+from fedrt.v1 import experiment_pb2
 from tests.coordinator.old_stores import make_store, query
 from tests.coordinator.test_store import NORTH, committed, tensors
 from tests.coordinator.test_store_read_only import result
+from tests.fakes.federation import Federation
+from tests.fakes.workers import FakeWorker, giving, report
 from tests.samples import FROM_WORDS, experiment_spec
 
 LARGE = {"done": 3, "active": 5}  # what marks the large checkpoints that the fixture adds
@@ -334,3 +339,58 @@ def test_the_command_without_a_store_says_so_and_makes_nothing(tmp_path, config,
 def test_a_silo_that_is_known_is_a_record(store, directory):
     committed(store, silos={"north": NORTH})
     assert verify(directory).whole
+
+
+# ---- the coordinator
+
+
+FAR = 4e9  # seconds since 1970, some time after 2090
+
+
+@pytest.fixture
+def federation(tmp_path):
+    """A federation whose coordinator has a store of the first release; the deadline of its open round is far."""
+    found = Federation(tmp_path / "federation")
+    place = found.directory / "coordinator"
+    make_store(place)
+    later = "UPDATE experiments SET document = json_set(document, '$.round.deadline', ?) WHERE experiment_id = 'active'"
+    query(place, later, FAR)
+    return found
+
+
+async def test_a_coordinator_goes_on_with_what_the_first_release_had_under_way(federation):
+    """Migrated, checked and cleaned at the start; the result that was there counts, and the other one is asked for."""
+    place = federation.directory / "coordinator"
+    orphan = place / "blobs" / ("ab" * 32)
+    orphan.write_bytes(b"what a crash left")
+    worker = FakeWorker(giving(50.5), description=replace(report(8, 4), architecture="fedrt-tiny"))
+    async with federation.started({"south": worker}):
+        async for event in federation.events("active", after=17):
+            if event.HasField("round_closed"):
+                break
+        assert [c.silo_id for c in event.round_closed.contributions] == ["north", "south"]
+        assert set(next(iter((await federation.export("active")).values())).ravel()) == {50 + (50.25 + 50.5) / 2}
+        async with asyncio.timeout(60):
+            while orphan.exists():  # noqa: ASYNC110  # a file rings no bell
+                await asyncio.sleep(0.01)
+        assert verify(place).whole  # beside it
+    assert verify(place).whole
+
+
+async def test_a_coordinator_does_not_start_without_what_it_needs(federation):
+    place = federation.directory / "coordinator"
+    Store(place).close()
+    query(place, "UPDATE blobs SET data = zeroblob(64)")
+    daemon = federation.start_coordinator()
+    with pytest.raises(DamageError, match="experiments that have not ended cannot go on"):
+        await daemon.task
+    Store(place).close()  # nothing holds it
+
+
+async def test_a_coordinator_starts_with_damage_that_nothing_waits_for(federation):
+    place = federation.directory / "coordinator"
+    for path in (place / "blobs").iterdir():
+        path.unlink()  # the update of an experiment that was cancelled
+    async with federation.started({}):
+        assert (await federation.experiment("active")).state == experiment_pb2.Experiment.STATE_RUNNING
+    assert not verify(place).whole

@@ -1,5 +1,6 @@
 """Old stores: what an earlier version wrote is there after the migration, and after a kill in the midst of it."""
 
+import json
 import signal
 import sqlite3
 import stat
@@ -181,13 +182,26 @@ def test_a_store_that_is_current_or_new_is_not_copied(directory):
     assert sorted(path.name for path in directory.iterdir()) == ["blobs", "coordinator.db"]
 
 
-def test_the_log_says_once_that_it_was_migrated(old, capsys):
-    Store(old).close()
-    said = capsys.readouterr().out
-    assert "store migrated" in said
-    assert COPY in said
-    Store(old).close()
-    assert capsys.readouterr().out == ""
+LOGGING = """
+import sys
+from pathlib import Path
+from coordinator.store import Store
+from fedrt.log import configure_logging
+configure_logging("info", "json")
+for _ in range(2):
+    Store(Path(sys.argv[1])).close()
+"""
+
+
+@pytest.mark.parametrize("kind", ["old", "new"])
+def test_the_log_says_once_that_a_store_was_migrated_and_nothing_else(old, tmp_path, kind):
+    """In a process of its own: Alembic has its say when it is imported."""
+    place = old if kind == "old" else tmp_path / "new"
+    command = [sys.executable, "-c", LOGGING, str(place)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    said = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["event"] for line in said] == (["store migrated"] if kind == "old" else [])
+    assert all(line["copy_of_the_database"].endswith(COPY) for line in said)
 
 
 def test_a_copy_that_the_disk_refuses_leaves_the_old_store(old, monkeypatch):

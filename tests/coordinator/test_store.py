@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fedrt.statefile
 from coordinator.blobs import INLINE_BYTES, Landed
 from coordinator.experiments import SilosChanged, create, step
 from coordinator.records import (
@@ -277,6 +278,31 @@ class TestBlobs:
             store.commit(changes)
         changes.silos = {"south": SOUTH}
         store.commit(changes)
+        assert store.blob(ref) == data
+
+    def test_a_blob_is_found_that_an_attempt_has_moved_before_it_failed(self, store, directory, monkeypatch):
+        ref, data = tensors(INLINE_BYTES)
+        changes = Changes(blobs={ref.sha256: landed(directory, data)})
+        sync, refused = fedrt.statefile._sync, []
+
+        def refusing_directories_once(path, flags):
+            if path.is_dir() and not refused:
+                refused.append(path)
+                raise OSError(5, "Input/output error")
+            sync(path, flags)
+
+        monkeypatch.setattr(fedrt.statefile, "_sync", refusing_directories_once)
+        with pytest.raises(StorageError):
+            store.commit(changes)
+        store.commit(changes)
+        assert store.blob(ref) == data
+
+    @pytest.mark.parametrize("kind", ["landed", "bytes"])
+    def test_a_file_that_a_crash_left_is_not_trusted(self, store, directory, kind):
+        """It has no row, so it may have been damaged since without anybody having noticed."""
+        ref, data = tensors(INLINE_BYTES)
+        (directory / "blobs" / ref.sha256).write_bytes(bytes(len(data)))
+        committed(store, blobs={ref.sha256: landed(directory, data) if kind == "landed" else data})
         assert store.blob(ref) == data
 
     def test_a_blob_that_was_never_committed_is_missing(self, store):

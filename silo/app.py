@@ -24,6 +24,7 @@ from fedrt.metrics import SiloMetrics, serve_metrics
 from fedrt.tls import IdentityFiles, LoadedIdentity, load_identity
 from silo import ledger
 from silo.agent import Agent
+from silo.checkpoint_directory import CheckpointDirectory
 from silo.config import SiloConfig, check_files, data_source, feature_source, model_source
 from silo.departures import Departures
 from silo.link import Dialling, Link
@@ -116,7 +117,8 @@ class Records:
 async def build_silo(config: SiloConfig, worker: Worker, report: WorkerReport, records: Records) -> "Silo":
     """A silo that has taken up what an earlier run left; its state directory is taken. Raises `StorageError`."""
     directory = config.state_directory
-    stores = Stores(Spool(directory / "spool"), Vault(directory / "vault"), records.metrics)
+    checkpoints = CheckpointDirectory(directory / "checkpoints")
+    stores = Stores(Spool(directory / "spool"), Vault(directory / "vault"), checkpoints, records.metrics)
     policy = Policy(config.policy.methods, config.policy.experiments, config.policy.min_examples)
     agent = Agent(worker, report, policy, stores, records.metrics)
     await agent.recover()

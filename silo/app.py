@@ -29,6 +29,7 @@ from silo.config import SiloConfig, check_files, data_source, feature_source, mo
 from silo.departures import Departures
 from silo.link import Dialling, Link
 from silo.policy import Policy
+from silo.presence import Presence
 from silo.spool import Spool
 from silo.stores import Stores
 from silo.vault import Vault
@@ -76,7 +77,8 @@ async def serve_with(config: SiloConfig, lifecycle: Lifecycle, worker: Worker) -
                 return
             metrics.unreadable_files.set(report.unreadable_count)
             silo = await build_silo(config, worker, report, Records(departures, metrics))
-            silo.link.on_connected = lambda: lifecycle.ready(f"connected to {config.coordinator.session_address}")
+            presence = Presence(lifecycle, config.coordinator.session_address)
+            silo.link.on_connected, silo.link.on_disconnected = presence.connected, presence.disconnected
             log.info(
                 "silo serves",
                 version=fedrt.__version__,

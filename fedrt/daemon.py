@@ -26,11 +26,16 @@ class Lifecycle:
 
     def ready(self, status: str) -> None:
         """Tell the service manager, if there is one, that the daemon serves."""
-        notify(f"READY=1\nSTATUS={status}")
+        notify(f"READY=1\nSTATUS={_one_line(status)}")
 
     def status(self, text: str) -> None:
         """Tell the service manager what the daemon is doing, in one line."""
-        notify(f"STATUS={text}")
+        notify(f"STATUS={_one_line(text)}")
+
+
+def _one_line(text: str) -> str:
+    """A line of its own would be a field of its own, and a status may quote what the other side said."""
+    return " ".join(text.split())
 
 
 def prepare_grpc() -> None:

@@ -180,7 +180,15 @@ _CONNECTION_FAILURES: tuple[tuple[tuple[str, ...], str], ...] = (
         "the name of the coordinator's host cannot be resolved; check its spelling and this host's DNS",
     ),
     (
-        ("timed out", "timeout", "no route to host", "unreachable", "deadline exceeded"),
+        (
+            "timed out",
+            "timeout",
+            "no route to host",
+            "unreachable",
+            "deadline exceeded",
+            "tcp handshaker shutdown",  # gRPC's limit of an attempt has passed: before TCP,
+            "endpoint closing",  # and during the handshake
+        ),
         "the coordinator does not answer; check the network, and that a firewall lets us dial its port",
     ),
     (

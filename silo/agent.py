@@ -207,8 +207,10 @@ class Agent:
             case ledgers.Promote(task_id):
                 await self._promote(task_id)
             case ledgers.Forget(task_id):
-                await self._stop_work(task_id)
+                was_running = await self._stop_work(task_id)
                 await self._drop(task_id)
+                if was_running:  # otherwise, what an earlier run left of it may be of use when it is offered again
+                    await self._stores.abandon(task_id)
 
     # ---- offers
 
@@ -264,6 +266,7 @@ class Agent:
                 seed=task.seed,
                 shared=accepted.shared,
                 private=private,
+                checkpoint=self._stores.checkpoint(task),
             )
             async with asyncio.timeout(accepted.deadline - time.monotonic()):
                 done = await self._worker.run(order, self._progress_of(task.task_id))
@@ -314,11 +317,14 @@ class Agent:
         private = outcome.private if task.kind is TaskKind.TRAIN else {}
         await self._store(task, success, shared, private)
 
-    async def _stop_work(self, task_id: str) -> None:
+    async def _stop_work(self, task_id: str) -> bool:
+        """Return once nothing works at the task; whether anything did."""
         work = self._work.pop(task_id, None)
-        if work is not None:
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
+        if work is None:
+            return False
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        return True
 
     # ---- disk
 

@@ -24,10 +24,12 @@ from fedrt.metrics import SiloMetrics, serve_metrics
 from fedrt.tls import IdentityFiles, LoadedIdentity, load_identity
 from silo import ledger
 from silo.agent import Agent
+from silo.checkpoint_directory import CheckpointDirectory
 from silo.config import SiloConfig, check_files, data_source, feature_source, model_source
 from silo.departures import Departures
 from silo.link import Dialling, Link
 from silo.policy import Policy
+from silo.presence import Presence
 from silo.spool import Spool
 from silo.stores import Stores
 from silo.vault import Vault
@@ -75,7 +77,8 @@ async def serve_with(config: SiloConfig, lifecycle: Lifecycle, worker: Worker) -
                 return
             metrics.unreadable_files.set(report.unreadable_count)
             silo = await build_silo(config, worker, report, Records(departures, metrics))
-            silo.link.on_connected = lambda: lifecycle.ready(f"connected to {config.coordinator.session_address}")
+            presence = Presence(lifecycle, config.coordinator.session_address)
+            silo.link.on_connected, silo.link.on_disconnected = presence.connected, presence.disconnected
             log.info(
                 "silo serves",
                 version=fedrt.__version__,
@@ -116,7 +119,8 @@ class Records:
 async def build_silo(config: SiloConfig, worker: Worker, report: WorkerReport, records: Records) -> "Silo":
     """A silo that has taken up what an earlier run left; its state directory is taken. Raises `StorageError`."""
     directory = config.state_directory
-    stores = Stores(Spool(directory / "spool"), Vault(directory / "vault"), records.metrics)
+    checkpoints = CheckpointDirectory(directory / "checkpoints")
+    stores = Stores(Spool(directory / "spool"), Vault(directory / "vault"), checkpoints, records.metrics)
     policy = Policy(config.policy.methods, config.policy.experiments, config.policy.min_examples)
     agent = Agent(worker, report, policy, stores, records.metrics)
     await agent.recover()

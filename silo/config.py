@@ -139,7 +139,7 @@ class ReconnectSection(Section):
     """How long the silo waits before it dials again; the wait doubles from `initial` to `max`, with jitter."""
 
     initial: Annotated[Duration, bounded("10ms", "1h")] = duration("1s", "First wait before dialling again")
-    max: Annotated[Duration, bounded("10ms", "1h")] = duration("30s", "Longest wait before dialling again")
+    max: Annotated[Duration, bounded("10ms", "1h")] = duration("10s", "Longest wait before dialling again")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

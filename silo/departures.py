@@ -16,6 +16,7 @@ from fedrt.session.frames import Frame, Heartbeat, PayloadChunk, TaskResult
 from fedrt.statefile import storage_error
 from fedrt.task import Result, Success
 from fedrt.tensors import Scope, Tensors, TensorSpec, check_tensors, of_scope
+from silo.complaint import Complaint
 
 
 def check_release(specs: Iterable[TensorSpec], tensors: Tensors) -> None:
@@ -40,6 +41,7 @@ class Departures:
         self._chunks: Counter[str] = Counter()
         self._open: dict[str, Result] = {}
         self._log = structlog.get_logger("silo.departures")
+        self._complaint = Complaint()
         try:
             self._file = path.open("ab", buffering=0)
             path.chmod(0o600)
@@ -104,7 +106,11 @@ class Departures:
             while self._unwritten:
                 del self._unwritten[: append(self._file, self._unwritten)]
         except OSError as error:
-            self._log.error("departures are kept in memory until the disk accepts writes", reason=error.strerror)
+            if self._complaint.is_due(str(error.strerror)):
+                self._log.error("departures are kept in memory until the disk accepts writes", reason=error.strerror)
+        else:
+            if self._complaint.end():
+                self._log.info("the disk accepts departures again, and has those kept in memory")
 
 
 def append(file: BinaryIO, data: bytes | bytearray) -> int:

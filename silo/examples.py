@@ -24,12 +24,14 @@ class Examples:
     """N images of one silo, each in V ≥ 1 views, as rows [V, N] of a table of features, and their labels [N].
 
     Rows [N] are those of one view. A label is an index into the experiment's classes, or those of an evaluation split.
-    The table may hold the images of other splits, and of other silos on the same host.
+    The table may hold the images of other splits, and of other silos on the same host. `digest` differs if the images,
+    their order or the precision of their features do; it is empty if nobody knows.
     """
 
     table: FeatureTable
     rows: Tensor
     labels: Tensor
+    digest: str = ""
 
     def __len__(self) -> int:
         return self.labels.shape[0]

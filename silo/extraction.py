@@ -31,9 +31,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Extracted:
-    """The rows of each readable image, one for each view; why others cannot be read; how many images were encoded."""
+    """The rows of each readable image, one for each view; why others cannot be read; how many images were encoded.
+
+    `contents`: the SHA-256 of each readable image file.
+    """
 
     rows: dict[Path, list[Row]] = field(default_factory=dict)
+    contents: dict[Path, bytes] = field(default_factory=dict)
     problems: dict[Path, str] = field(default_factory=dict)
     encoded_count: int = 0
 
@@ -74,6 +78,7 @@ class Extraction:
                 result.rows = {
                     path: [found[row_key(content, view)] for view in numbers] for path, content in contents.items()
                 }
+                result.contents = contents
                 return result
             if attempt < ATTEMPTS:
                 self._encode(wanted, contents, result, on_images, in_memory=attempt == ATTEMPTS - 1)

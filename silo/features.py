@@ -9,6 +9,7 @@ import logging
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -69,6 +70,7 @@ class FeatureCache:
         self._silos = tuple(indices)
         self._labels = {key: frozenset(one.label for one in records) for key, records in self._records.items()}
         self._max_unreadable_share = max_unreadable_share
+        self._element_type = element_type
         self._extractions = {patches: Extraction(clip, patches, store, element_type) for patches in (False, True)}
         self._tables: dict[Features, _Table] = {}
         self._chosen: dict[tuple[str, Features, tuple[tuple[str, int], ...]], Examples] = {}
@@ -167,13 +169,16 @@ class FeatureCache:
         if wanted.views:
             rows = rows + len(table.numbers) * torch.arange(wanted.views)[:, None]
         labels = torch.tensor([indices[record.label] for record in readable], device=device)
-        return Examples(table.features, rows.to(rows_device(table.features, device)), labels)
+        digest = sha256(f"{self._element_type} {wanted}".encode())
+        for record in readable:
+            digest.update(table.contents[record.path])
+        return Examples(table.features, rows.to(rows_device(table.features, device)), labels, digest.hexdigest())
 
     def _table(self, wanted: Features, on_images: OnImages) -> "_Table":
         extracted = self._extract(wanted, on_images)
         listed = [rows[view] for view in range(max(1, wanted.views)) for rows in extracted.rows.values()]
         numbers = {path: number for number, path in enumerate(extracted.rows)}
-        return _Table(numbers, table_of(listed, self._clip.device) if listed else None)
+        return _Table(numbers, table_of(listed, self._clip.device) if listed else None, extracted.contents)
 
     def _extract(self, wanted: Features, on_images: OnImages) -> Extracted:
         """The rows of all silos' images of a split."""
@@ -208,6 +213,7 @@ class _Table:
 
     numbers: Mapping[Path, int]
     features: FeatureTable | None
+    contents: Mapping[Path, bytes]
 
 
 def _header_problem(record: Record) -> str | None:

@@ -38,9 +38,18 @@ from fedrt.transport import GRPC_OPTIONS, SilenceError, StreamEndedError, Transp
 from fedrt.v1 import session_service_pb2_grpc
 from silo import ledger as ledgers
 from silo.agent import Agent, OfferArrived, SessionDown, SessionUp, TensorsArrived
+from silo.backoff import Backoff
+from silo.complaint import Complaint
 from silo.departures import Departures
 from silo.work import WorkerReport
 
+ANSWER_LIMIT = 10.0  # seconds from dialling to the coordinator's first frame
+DIAL_OPTIONS = (
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # an attempt of an earlier channel, or its waiting time, is not taken over
+    # closing a channel does not end its attempt to connect, which takes up to 20 seconds by default
+    ("grpc.min_reconnect_backoff_ms", round(950 * ANSWER_LIMIT)),
+)
 _REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 
 
@@ -150,26 +159,28 @@ class Link:
         self._departures = departures
         self._metrics = metrics
         self._log = structlog.get_logger("silo.link")
-        self._random = random.Random()  # noqa: S311  # jitter, not a secret
+        random_ = random.Random()  # noqa: S311  # jitter, not a secret
+        self._backoff = Backoff(dialling.initial_delay, dialling.max_delay, random_)
+        self._complaint = Complaint()
         self._session: CoordinatorSession | None = None
         self._finished = asyncio.Event()
         self._draining: float | None = None
         self.on_connected: Callable[[], None] = lambda: None
+        self.on_disconnected: Callable[[str], None] = lambda why: None  # after each session and each attempt
 
     async def run(self) -> None:
         """Keep a session open until `finish`."""
-        sessions, ceiling = 0, self._dialling.initial_delay
+        sessions = 0
         while not self._finished.is_set():
             ended = await self._one_session(first=sessions == 0)
             if ended is not Ended.UNANSWERED:
                 sessions += 1
             if ended is Ended.SERVED:
-                ceiling = self._dialling.initial_delay
+                self._backoff.reset()
             if self._finished.is_set():
                 return
-            delay = self._random.uniform(0.1, 1.0) * ceiling
-            ceiling = min(2 * ceiling, self._dialling.max_delay)
-            self._log.info("dialling again", seconds=round(delay, 2))
+            delay = self._backoff.next_wait()
+            self._log.debug("dialling again", seconds=round(delay, 2))
             try:
                 async with asyncio.timeout(delay):
                     await self._finished.wait()
@@ -197,7 +208,7 @@ class Link:
         """Dial and pump until the session ends."""
         settings = self._dialling
         expected = Expectation(IdentityRole.SILO, settings.federation)
-        options: list[tuple[str, int | str]] = [*GRPC_OPTIONS, ("grpc.enable_retries", 0)]
+        options: list[tuple[str, int | str]] = [*GRPC_OPTIONS, *DIAL_OPTIONS]
         if settings.server_name is not None:
             options.append(("grpc.ssl_target_name_override", settings.server_name))
         credentials = channel_credentials(settings.files, expected)
@@ -216,25 +227,37 @@ class Link:
                     capabilities=OURS,
                 )
             )
+            why = "the coordinator ended the session"
             try:
-                await transport.run(lambda frame: self._on_frame(session, frame, first))
+                async with asyncio.timeout(ANSWER_LIMIT) as answer:
+                    await transport.run(lambda frame: self._on_frame(session, frame, first, answer))
                 if not self._finished.is_set():
                     self._log.info("session ended by the coordinator")
             except grpc.aio.AioRpcError as error:
-                self._explain(error, session.welcomed)
+                why = error.details() or ""
+                why = self._explain(error, session.welcomed)
+                self._complain(why, error.code().name)
                 if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
                     return Ended.TURNED_AWAY
+            except TimeoutError:
+                why = f"the coordinator does not answer: nothing within {ANSWER_LIMIT:g} seconds of dialling"
+                self._complain(why, "TIME_LIMIT")
             except (RemoteProtocolError, SilenceError, StreamEndedError) as error:
-                self._log.warning("session lost", reason=str(error))
+                why = str(error)
+                self._complain(why, type(error).__name__)
             finally:
                 self._session = None
                 self._metrics.connected.set(0)
                 self._agent.submit(SessionDown(session))
+                if not self._finished.is_set():
+                    self.on_disconnected(why)
                 call.cancel()
         return Ended.SERVED if session.welcomed else Ended.UNANSWERED
 
-    def _on_frame(self, session: CoordinatorSession, frame: Frame, first: bool) -> None:
+    def _on_frame(self, session: CoordinatorSession, frame: Frame, first: bool, answer: asyncio.Timeout) -> None:
         if isinstance(frame, Welcome):
+            answer.reschedule(None)
+            self._complaint.end()
             self._metrics.connected.set(1)
             if not first:
                 self._metrics.reconnects.inc()
@@ -244,17 +267,22 @@ class Link:
         if isinstance(frame, Welcome) and self._draining is not None:
             session.drain(self._draining)
 
+    def _complain(self, why: str, status: str) -> None:
+        log = self._log.warning if self._complaint.is_due(why) else self._log.debug  # an outage may take hours
+        log("session lost", address=self._dialling.address, status=status, reason=why)
+
     def _sent(self, frame: Frame) -> None:
         self._departures.record(frame)
         if isinstance(frame, PayloadChunk):
             self._metrics.payload_bytes.labels("out").inc(len(frame.chunk.data))
 
-    def _explain(self, error: grpc.aio.AioRpcError, welcomed: bool) -> None:
+    def _explain(self, error: grpc.aio.AioRpcError, welcomed: bool) -> str:
+        """Why the session ended. Raises `IdentityError` if the next one would end in the same way."""
         code, details = error.code(), error.details() or ""
         if code in _REFUSED:
             raise IdentityError(f"the coordinator at '{self._dialling.address}' refused this silo: {details}")
         if code is grpc.StatusCode.ABORTED:
             raise IdentityError(f"{details}: another daemon runs with this silo's identity; stop one of the two")
         if code is grpc.StatusCode.UNAVAILABLE and not welcomed:
-            details = explain_handshake_failure(self._dialling.files, details, datetime.now(UTC))
-        self._log.warning("session lost", address=self._dialling.address, status=code.name, reason=details)
+            return explain_handshake_failure(self._dialling.files, details, datetime.now(UTC))
+        return details

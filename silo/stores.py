@@ -14,6 +14,7 @@ from fedrt.errors import StorageError
 from fedrt.metrics import SiloMetrics
 from fedrt.task import Task, TaskKind
 from fedrt.tensors import Tensors
+from silo.checkpoint_directory import CheckpointDirectory
 from silo.complaint import Complaint
 from silo.spool import Spool, Spooled
 from silo.vault import Vault
@@ -22,20 +23,23 @@ DISK_RETRY_DELAY = 2.0  # seconds between attempts while the disk refuses
 
 
 class Stores:
-    """A silo's spool and vault, for one caller at a time."""
+    """A silo's spool, vault and checkpoints, for one caller at a time."""
 
-    def __init__(self, spool: Spool, vault: Vault, metrics: SiloMetrics) -> None:
+    def __init__(self, spool: Spool, vault: Vault, checkpoints: CheckpointDirectory, metrics: SiloMetrics) -> None:
         self._spool = spool
         self._vault = vault
+        self._checkpoints = checkpoints
         self._metrics = metrics
         self._log = structlog.get_logger("silo")
         self._complaint = Complaint()
 
     async def undelivered(self) -> list[Spooled]:
         """The results that an earlier run of the daemon left. Raises `StorageError` if the spool cannot be read."""
-        found = await asyncio.to_thread(self._spool.load)
-        await asyncio.to_thread(self._count)
-        return found
+        return await asyncio.to_thread(self._look)
+
+    def checkpoint(self, task: Task) -> str:
+        """The path of the file that the work of a task goes on from, or empty for work that takes no epochs."""
+        return str(self._checkpoints.path(task.task_id)) if task.kind is TaskKind.TRAIN else ""
 
     async def private(self, task: Task) -> Tensors:
         """The private tensors that a task begins from. Raises `StorageError`."""
@@ -44,11 +48,11 @@ class Stores:
         return await asyncio.to_thread(self._vault.load, task.experiment_id, before)
 
     async def keep(self, spooled: Spooled) -> None:
-        """Return once the result is durable."""
+        """Return once the result is durable; its checkpoint is then of no more use."""
 
         def put() -> None:
             self._spool.put(spooled)
-            self._count()
+            self._end(spooled.task_id)
 
         await self._until_durable(put)
 
@@ -68,6 +72,10 @@ class Stores:
 
         await self._until_durable(remove)
 
+    async def abandon(self, task_id: str) -> None:
+        """Remove the checkpoint of a task that has ended without a result."""
+        await asyncio.to_thread(self._end, task_id)
+
     async def _until_durable(self, write: Callable[[], None]) -> None:
         while True:
             try:
@@ -80,6 +88,29 @@ class Stores:
             if self._complaint.end():
                 self._log.info("the disk accepts writes again")
             return
+
+    def _look(self) -> list[Spooled]:
+        found = self._spool.load()
+        for spooled in found:
+            self._end(spooled.task_id)  # the daemon may have died in between
+        self._count()
+        self._sweep()
+        return found
+
+    def _end(self, task_id: str) -> None:
+        self._count()
+        try:
+            self._checkpoints.remove(task_id)
+        except StorageError as error:
+            self._log.warning("the checkpoint of a task that has ended stays where it is", reason=str(error))
+        self._sweep()
+
+    def _sweep(self) -> None:
+        try:
+            if removed := self._checkpoints.sweep():
+                self._log.info("checkpoints that no task went on with for seven days are removed", count=removed)
+        except StorageError as error:
+            self._log.warning("checkpoints that no task goes on with stay where they are", reason=str(error))
 
     def _count(self) -> None:
         with contextlib.suppress(StorageError):  # a number for the operator; the results matter

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from fedrt.tensors import Scope, TensorSpec
 from silo.batches import shuffled
 from silo.examples import Examples
 from silo.method import LocalMethod, Params
+from silo.snapshots import Checkpointer, NoCheckpoints, Snapshot
 from silo.work import OnProgress
 
 
@@ -55,11 +56,13 @@ class Start:
     """The tensors to start from: shared as received this round, private as held by this silo.
 
     `optimizer` is the state that an earlier call ended with; None, as in every task of a federation, starts it fresh.
+    `checkpoints`: what a call with the same arguments that was cut off has left.
     """
 
     received: Params
     private: Params
     optimizer: OptimizerState | None = None
+    checkpoints: Checkpointer = field(default_factory=NoCheckpoints)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def train(
 ) -> Trained:
     """Train for one round. The same arguments on the same device give the same bits; no global seed is touched.
 
+    That holds for any checkpoint to go on from, too, as long as it was made with the same arguments.
+
     Raises `WorkError` without examples, if the precision cannot be had here, or if the loss or a trained tensor is not
     finite; `ValueError` if the tensors are not those that the method declares, or the views not those of the settings.
     """
@@ -96,21 +101,57 @@ def train(
     if start.optimizer is not None:
         optimizer.load_state_dict(copy.deepcopy(dict(start.optimizer)))
     scaler = torch.amp.GradScaler(device.type, enabled=plan.training.precision is Precision.FP16)
-    shuffle = torch.Generator().manual_seed(plan.seed)
+    run = _Run(params, optimizer, scaler, torch.Generator().manual_seed(plan.seed))
     batches = -(-len(examples) // plan.training.batch_size)
-    mean_loss, steps = 0.0, 0
+    begun, mean_loss = run.resume(start.checkpoints.load())
+    steps = begun * batches
     with deterministic(device):
-        for epoch in range(plan.training.local_epochs):
+        for epoch in range(begun, plan.training.local_epochs):
             optimizer.param_groups[0]["lr"] = learning_rate(plan.training, plan.position, epoch)
             total = torch.zeros((), device=device)
-            for batch in shuffled(examples, _view(plan, epoch), plan.training.batch_size, shuffle):
+            for batch in shuffled(examples, _view(plan, epoch), plan.training.batch_size, run.shuffle):
                 compute = partial(method.loss, params, start.received, batch)
                 total += descend(compute, arithmetic, optimizer, scaler) * len(batch.labels)
                 steps += 1
                 on_progress(steps, batches * plan.training.local_epochs)
             mean_loss = float(total) / len(examples)  # the only wait for the device in an epoch, but for fp16
             _check_finite(mean_loss, epoch)
+            if epoch + 1 < plan.training.local_epochs and start.checkpoints.is_due():
+                start.checkpoints.save(run.snapshot(epoch + 1, mean_loss))
     return _finish(specs, params, mean_loss, optimizer.state_dict())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What changes from step to step."""
+
+    params: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    shuffle: torch.Generator
+
+    def snapshot(self, epochs_done: int, mean_loss: float) -> Snapshot:
+        """Shares its tensors with the run: to be written before the next step."""
+        kept = self.optimizer.state_dict()["state"]
+        tensors = {
+            index: {key: value for key, value in state.items() if isinstance(value, Tensor)}  # or None, before it moves
+            for index, state in kept.items()
+        }
+        params = {name: tensor.detach() for name, tensor in self.params.items()}
+        return Snapshot(epochs_done, mean_loss, params, tensors, self.scaler.state_dict(), self.shuffle.get_state())
+
+    def resume(self, snapshot: Snapshot | None) -> tuple[int, float]:
+        """Go back to where a snapshot was taken; returns the epochs done and the mean loss of the last one."""
+        if snapshot is None:
+            return 0, 0.0
+        with torch.no_grad():
+            for name, tensor in self.params.items():
+                tensor.copy_(snapshot.params[name])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": dict(snapshot.optimizer), "param_groups": groups})
+        self.scaler.load_state_dict(dict(snapshot.scaler))
+        self.shuffle.set_state(snapshot.shuffle)
+        return snapshot.epochs_done, snapshot.mean_loss
 
 
 def learning_rate(training: TrainingSpec, position: RoundPosition, epoch: int) -> float:

@@ -17,7 +17,8 @@ OnProgress = Callable[[int, int], None]  # (steps done, steps planned or 0)
 class WorkOrder:
     """What the worker is to do. `private` is empty before the first accepted round of an experiment.
 
-    `silo` says whose images, where several virtual silos share the worker.
+    `silo` says whose images, where several virtual silos share the worker. `checkpoint` is the path of the file to
+    go on from, if it is there and of this very work, and to write to; empty for no checkpoints.
     """
 
     task_id: str
@@ -29,6 +30,7 @@ class WorkOrder:
     shared: Tensors
     private: Tensors = field(default_factory=dict)
     silo: str = OWN
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from fedrt.tensors import (
     initial_tensors,
     of_scope,
 )
+from silo.checkpoints import checkpoints_of
 from silo.clip.model import FrozenClip, memory_bytes
 from silo.data import Split
 from silo.data.labels import match_classes
@@ -114,6 +115,7 @@ class Workbench:
         position = RoundPosition(order.round_number, local.round_count)
         plan = Plan(local.training, position, order.seed)
         measured = self._precision(local, start)
+        start = dataclasses.replace(start, checkpoints=checkpoints_of(order, examples, self._clip.device))
         trained = train(self._method(local, local.classes), specs, start, examples, plan, on_progress)
         delta = {
             name: np.asarray((tensor - start.received[name]).cpu(), np.float32)

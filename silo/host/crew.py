@@ -15,14 +15,16 @@ DIAL_LIMIT = 1.0  # seconds after which the next may dial although this one's se
 
 
 class Crew:
-    """The virtual silos of a host, and which of them have been connected or refused."""
+    """The virtual silos of a host, and which of them are connected or refused."""
 
     def __init__(self, silos: Mapping[str, Silo], lifecycle: Lifecycle, address: str) -> None:
         self._silos = silos
         self._lifecycle = lifecycle
         self._address = address
         self._log = structlog.get_logger("silo.host")
+        self._been: set[str] = set()  # connected at some time
         self._connected: set[str] = set()
+        self._is_ready = False
         self._refused: dict[str, IdentityError] = {}
         self._lines = asyncio.Semaphore(DIALLING)
 
@@ -39,6 +41,7 @@ class Crew:
                     break
                 hang_up = self._hang_up()
                 silo.link.on_connected = partial(self._on_connected, name, hang_up)
+                silo.link.on_disconnected = partial(self._on_disconnected, name)
                 asyncio.get_running_loop().call_later(DIAL_LIMIT, hang_up)
                 group.create_task(self._serve(name, silo, hang_up))
         if len(self._refused) == len(self._silos):
@@ -51,6 +54,7 @@ class Crew:
             await silo.run(self._lifecycle.stopping)
         except IdentityError as error:
             self._refused[name] = error
+            self._connected.discard(name)
             self._log.error("this silo is refused; the others go on", reason=str(error))
             self._tell()
         finally:
@@ -70,15 +74,27 @@ class Crew:
 
     def _on_connected(self, name: str, hang_up: Callable[[], None]) -> None:
         hang_up()
+        self._been.add(name)
         if name not in self._connected:
             self._connected.add(name)
             self._tell()
 
-    def _tell(self) -> None:
-        """Tell the service manager how many sessions have been opened, and when they all are."""
-        connected, count = len(self._connected - self._refused.keys()), len(self._silos)
+    def _on_disconnected(self, name: str, why: str) -> None:
+        if name in self._connected:
+            self._connected.remove(name)
+            self._tell(f"; '{name}' has just been lost: {why}")
+
+    def _tell(self, more: str = "") -> None:
+        """Tell the service manager how many sessions are open, and that it serves once all have been opened."""
+        count = len(self._silos)
+        status = f"{len(self._connected)} of {count} silos connected"
         refused = f", {len(self._refused)} refused" if self._refused else ""
-        if self._connected | self._refused.keys() < self._silos.keys():
-            self._lifecycle.status(f"{connected} of {count} silos connected{refused}")
-        elif connected:
-            self._lifecycle.ready(f"{connected} of {count} silos connected to {self._address}{refused}")
+        if not self._been - self._refused.keys() or self._been | self._refused.keys() < self._silos.keys():
+            self._lifecycle.status(f"{status}{refused}{more}")
+            return
+        status = f"{status} to {self._address}{refused}{more}"
+        if self._is_ready:
+            self._lifecycle.status(status)
+        else:
+            self._is_ready = True
+            self._lifecycle.ready(status)

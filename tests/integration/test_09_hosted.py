@@ -225,7 +225,7 @@ async def test_07_a_silo_that_is_refused_ends_alone(federation: HostedFederation
     assert federation.told is not None
     federation.start_silo("rival", FakeWorker(), identity=federation.directory / "certs/silos" / TWO)
     await until(lambda: federation.told.statuses[-1].endswith(", 1 refused"))
-    assert federation.told.statuses[-1].startswith("ready: 2 of 3 silos connected to ")
+    assert federation.told.statuses[-1].startswith("2 of 3 silos connected to ")
     await federation.create("disputed", make_spec(2))
     experiment, rounds = await federation.finish("disputed")
     assert experiment.state == State.STATE_SUCCEEDED

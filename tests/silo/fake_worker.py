@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -65,8 +66,23 @@ class FakeBench:
         return WorkOutcome(delta, dict(order.private), 3, {"pid": float(os.getpid())}, 0.5)
 
 
+def fail_as_told(trouble: Path) -> None:
+    """Loading fails as long as this file is there, in the way that it names."""
+    match trouble.read_text() if trouble.exists() else "none":
+        case "mount":
+            raise ConfigurationError(f"data.root '{trouble.parent}' does not exist; create it or correct the path")
+        case "device":
+            raise RuntimeError("CUDA error: no CUDA-capable device is detected")
+        case "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def open_fake(load: Load) -> FakeBench:
     match load.model.weights:
+        case str(told) if told.startswith("trouble:"):
+            fail_as_told(Path(told.removeprefix("trouble:")))
         case "missing":
             raise ConfigurationError("model.weights 'missing' does not exist; copy it there")
         case "crash":

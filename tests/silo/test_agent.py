@@ -20,13 +20,14 @@ from fedrt.session.frames import HeldState
 from fedrt.task import Failure, RefusalReason, Result, Success, Task, TaskKind, Verdict
 from fedrt.tensors import Normal, Scope, TensorSpec, schema_sha256
 from silo.agent import Agent, OfferArrived, SessionDown, SessionUp, TensorsArrived
+from silo.checkpoint_directory import CheckpointDirectory
 from silo.ledger import CancelArrived, DrainOrdered, Reply, VerdictArrived
 from silo.policy import Policy
 from silo.spool import Spool
 from silo.stores import Stores
 from silo.vault import Vault
 from silo.work import WorkOrder, WorkOutcome
-from tests.fakes.workers import FakeWorker, report
+from tests.fakes.workers import FakeWorker, failing, report
 from tests.samples import DIGEST, task
 
 LIMIT = 5.0
@@ -70,11 +71,12 @@ class Site:
 
     def __post_init__(self) -> None:
         self.spool, self.vault = Spool(self.directory / "spool"), Vault(self.directory / "vault")
+        self.checkpoints = CheckpointDirectory(self.directory / "checkpoints")
         self.running: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         metrics = SiloMetrics(CollectorRegistry())
-        stores = Stores(self.spool, self.vault, metrics)
+        stores = Stores(self.spool, self.vault, self.checkpoints, metrics)
         self.agent = Agent(self.worker, self.worker.description, self.policy, stores, metrics)
         await self.agent.recover()
         self.running = asyncio.create_task(self.agent.run())
@@ -421,6 +423,76 @@ async def test_an_offer_of_more_than_the_method_declares_is_refused_before_a_byt
         RefusalReason.METHOD_MISMATCH,
         "the offer announces 128 bytes of tensors; the method declares 64",
     )
+
+
+def checkpoint(site: Site, task_id: str) -> Path:
+    return site.checkpoints.path(task_id)
+
+
+async def begun(site: Site, task: Task) -> None:
+    """The worker is at the task, and has written a checkpoint."""
+    site.worker.gate = asyncio.Event()
+    site.worker.began.clear()
+    site.offer(task)
+    await site.session.next()
+    site.tensors(task.task_id)
+    await asyncio.wait_for(site.worker.began.wait(), LIMIT)
+    assert site.worker.orders[-1].checkpoint == str(checkpoint(site, task.task_id))
+    checkpoint(site, task.task_id).write_bytes(b"a checkpoint")
+
+
+@pytest.mark.parametrize("outcome", ["success", "failure", "cancelled", "obsolete"])
+async def test_a_checkpoint_goes_when_its_task_has_ended_for_good(site: Site, outcome: str):
+    await begun(site, offered())
+    match outcome:
+        case "cancelled":
+            site.agent.submit(CancelArrived("t1"))
+        case "obsolete":
+            site.agent.submit(SessionDown(site.session))
+            site.connect(obsolete=("t1",))
+        case "failure":
+            site.worker.behave = failing(WorkError(FailureReason.NOT_FINITE, "the loss is not finite"))
+    site.worker.gate.set()
+    if outcome == "obsolete":
+        await asyncio.wait_for(site.agent.idle(), LIMIT)
+    else:
+        await site.session.next()
+    assert not checkpoint(site, "t1").exists()  # before the result leaves
+
+
+async def test_a_checkpoint_outlives_the_daemon_and_the_task_goes_on_with_it(site: Site):
+    await begun(site, offered())
+    site.offer(offered("t2"))
+    await site.session.next()
+    await site.restart()
+    site.worker.gate = None
+    site.connect()
+    site.offer(offered())
+    await site.session.next()
+    site.agent.submit(SessionDown(site.session))  # its tensors never came
+    site.connect()
+    await site.settled()
+    assert checkpoint(site, "t1").exists()
+    await site.do(offered())
+    assert site.worker.orders[-1].checkpoint == str(checkpoint(site, "t1"))
+    assert not checkpoint(site, "t1").exists()
+
+
+async def test_a_checkpoint_whose_result_is_in_the_spool_goes_at_the_next_start(site: Site):
+    await site.do(offered())
+    checkpoint(site, "t1").write_bytes(b"the daemon died in between")
+    await site.restart()
+    assert not checkpoint(site, "t1").exists()
+
+
+async def test_a_checkpoint_that_cannot_be_removed_holds_nothing_up(site: Site):
+    checkpoint(site, "t1").mkdir()
+    assert isinstance((await site.do(offered()))[0].outcome, Success)
+
+
+async def test_only_training_has_checkpoints(site: Site):
+    await site.do(offered(kind=TaskKind.EVALUATE))
+    assert site.worker.orders[-1].checkpoint == ""
 
 
 async def test_a_full_disk_holds_the_result_back_until_there_is_space(site: Site, monkeypatch: pytest.MonkeyPatch):

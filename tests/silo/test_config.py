@@ -44,7 +44,7 @@ def test_defaults(load: Any, tmp_path: Path) -> None:
     assert config.identity.directory == tmp_path / "identity"
     assert (config.federation, config.metrics, config.coordinator.server_name) == (None, None, None)
     assert (config.policy.methods, config.policy.experiments, config.policy.min_examples) == (("*",), ("*",), 1)
-    assert (config.shutdown_grace, config.reconnect.initial, config.reconnect.max) == (300.0, 1.0, 30.0)
+    assert (config.shutdown_grace, config.reconnect.initial, config.reconnect.max) == (300.0, 1.0, 10.0)
     assert (config.log.level, config.log.format) == ("info", "console")
 
 
@@ -124,7 +124,7 @@ def test_weights_are_a_tag_or_a_path_from_the_directory_of_the_file(
         ),
         ("folder}", "folder, max_unreadable_share: 5}", "data.max_unreadable_share must be less than 1; got 5"),
         ("folder}", "folder, test_share: -1}", "data.test_share must be at least 0; got -1"),
-        ("identity:", "reconnect: {initial: 1m}\nidentity:", "reconnect: max is 30s, less than initial, which is 1m;"),
+        ("identity:", "reconnect: {initial: 1m}\nidentity:", "reconnect: max is 10s, less than initial, which is 1m;"),
         ("identity:", "reconnect: {initial: 0s}\nidentity:", "reconnect.initial must be between 10ms and 1h; got '0s'"),
         ("identity:", "features: {max_size: 512MiB}\nidentity:", "features.max_size must be at least 1GiB"),
         ("identity:", "features: {max_size: 50}\nidentity:", "features.max_size must be a size with a unit, such as"),

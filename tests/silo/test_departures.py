@@ -1,3 +1,4 @@
+import errno
 import itertools
 import json
 from collections import Counter
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from fedrt.errors import FailureReason, StorageError
 from fedrt.payload import CHUNK_BYTES, chunks, describe
 from fedrt.session.frames import Drain, Frame, Heartbeat, Hello, PayloadChunk, TaskProgress, TaskReply, TaskResult
 from fedrt.task import Failure, Result, Success
+from silo import departures
 from silo.departures import Departures
 
 CLOCK = 1_700_000_000.1234
@@ -142,3 +145,23 @@ def test_the_record_is_ours_alone_and_is_continued(tmp_path: Path):
 def test_a_place_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path):
     with pytest.raises(StorageError, match=str(tmp_path)):
         Departures(tmp_path)
+
+
+def test_a_refusing_disk_is_told_once_and_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    record = Departures(tmp_path / "d", lambda: CLOCK)
+
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with capture_logs() as logs:
+        with monkeypatch.context() as patch:
+            patch.setattr(departures, "append", full)
+            for number in range(5):
+                record.record(TaskReply(f"t{number}"))
+        record.record(TaskReply("t5"))
+    record.close()
+    assert [(entry["log_level"], entry["event"]) for entry in logs] == [
+        ("error", "departures are kept in memory until the disk accepts writes"),
+        ("info", "the disk accepts departures again, and has those kept in memory"),
+    ]
+    assert [line["task"] for line in read(tmp_path / "d")] == [f"t{number}" for number in range(6)]

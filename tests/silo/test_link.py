@@ -1,13 +1,17 @@
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from fedrt.metrics import SiloMetrics
 from fedrt.session.connection import Role
 from fedrt.session.frames import MAX_TEXT_LENGTH, Hello, UnreadableOffer, Welcome
 from fedrt.task import RefusalReason
+from fedrt.tls import IdentityFiles, explain_handshake_failure
 from fedrt.transport import Transport
-from silo.link import CoordinatorSession
+from silo.link import ANSWER_LIMIT, DIAL_OPTIONS, CoordinatorSession
 
 
 class Silent:
@@ -42,3 +46,14 @@ def test_an_offer_that_cannot_be_read_is_refused_however_long_its_fault_is():
         ("t2", RefusalReason.METHOD_MISMATCH),
     ]
     assert refusals[0].message == "this silo's fedrt cannot read the offer: short"
+
+
+def test_an_attempt_to_connect_does_not_outlive_the_dial_that_made_it():
+    """gRPC does not end it when its channel is closed, so many would pile up during an outage."""
+    assert 0 < dict(DIAL_OPTIONS)["grpc.min_reconnect_backoff_ms"] < 1000 * ANSWER_LIMIT
+
+
+@pytest.mark.parametrize("details", ["tcp handshaker shutdown", "Handshake read failed (Endpoint closing)"])
+def test_an_attempt_that_grpc_gives_up_is_a_coordinator_that_does_not_answer(tmp_path: Path, details: str):
+    said = explain_handshake_failure(IdentityFiles(tmp_path), f"last error: UNKNOWN: {details}", datetime.now(UTC))
+    assert said.startswith("the coordinator does not answer; check the network")

@@ -293,6 +293,38 @@ async def test_a_child_that_dies_while_it_loads_is_a_work_error(log: CapturingLo
     assert worker.process_id is None
 
 
+@pytest.mark.parametrize(
+    ("trouble", "reason", "words"),
+    [
+        ("mount", FailureReason.INTERNAL, "this silo's worker cannot load its model or data; its log says why"),
+        ("device", FailureReason.INTERNAL, "an unexpected RuntimeError stopped the work; see the silo's log"),
+        ("segfault", FailureReason.INTERNAL, "the worker process was killed by signal 11"),
+        ("kill", FailureReason.OUT_OF_MEMORY, "the worker process was killed by signal 9"),
+    ],
+)
+async def test_a_fresh_worker_that_cannot_load_fails_its_orders_until_the_cause_is_gone(
+    tmp_path: Path, log: CapturingLogger, trouble: str, reason: FailureReason, words: str
+) -> None:
+    """A mount or a GPU that is gone when a worker is replaced, and comes back: no restart of the daemon is needed."""
+    place = tmp_path / "trouble"
+    worker = ProcessWorker(ModelSource("fake", f"trouble:{place}"), DATA, 1, log, FAKE)
+    try:
+        first = (await worker.run(order(), quiet)).metrics["pid"]
+        with pytest.raises(WorkError):
+            await worker.run(order("segfault"), quiet)
+        place.write_text(trouble)
+        for _ in range(2):
+            with pytest.raises(WorkError, match=words) as found:
+                await worker.run(order(), quiet)
+            assert found.value.reason is reason
+            assert str(tmp_path) not in str(found.value)
+            assert worker.process_id is None
+        place.unlink()
+        assert (await worker.run(order(), quiet)).metrics["pid"] != first
+    finally:
+        await worker.stop()
+
+
 async def test_a_program_that_does_not_exist_is_a_work_error(log: CapturingLogger) -> None:
     worker = ProcessWorker(ModelSource("fake", "here"), DATA, None, log, ("/does/not/exist",))
     with pytest.raises(WorkError, match="could not be started"):

@@ -15,6 +15,7 @@ from tests.silo.host.hosted import Told, names
 @dataclass
 class FakeLink:
     on_connected: Callable[[], None] = lambda: None
+    on_disconnected: Callable[[str], None] = lambda why: None
 
 
 @dataclass
@@ -47,6 +48,9 @@ class Trial:
     def connect(self, *numbers: int) -> None:
         for number in numbers:
             self.silos[f"silo-{number:02d}"].link.on_connected()
+
+    def lose(self, number: int, why: str) -> None:
+        self.silos[f"silo-{number:02d}"].link.on_disconnected(why)
 
     def refuse(self, number: int, why: str = "revoked") -> None:
         self.silos[f"silo-{number:02d}"].outcome.set_exception(IdentityError(why))
@@ -103,6 +107,23 @@ async def test_it_is_ready_when_all_sessions_have_been_open() -> None:
     await trial.end()
 
 
+async def test_the_status_says_which_session_is_lost_and_when_it_is_back() -> None:
+    trial = Trial(2)
+    await settle()
+    trial.connect(1)
+    trial.lose(1, "the coordinator does not answer")
+    assert (
+        trial.told.statuses[-1]
+        == "0 of 2 silos connected; 'silo-01' has just been lost: the coordinator does not answer"
+    )
+    trial.lose(1, "still not")
+    trial.connect(2)
+    assert trial.told.statuses[2:] == ["ready: 1 of 2 silos connected to here:1"]
+    trial.connect(1)
+    assert trial.told.statuses[3:] == ["2 of 2 silos connected to here:1"]
+    await trial.end()
+
+
 async def test_a_refused_silo_keeps_the_others_neither_from_being_ready_nor_from_serving() -> None:
     trial = Trial(3)
     await settle()
@@ -112,7 +133,7 @@ async def test_a_refused_silo_keeps_the_others_neither_from_being_ready_nor_from
     assert trial.told.statuses[-1] == "ready: 2 of 3 silos connected to here:1, 1 refused"
     trial.refuse(1)
     await settle()
-    assert trial.told.statuses[-1] == "ready: 1 of 3 silos connected to here:1, 2 refused"
+    assert trial.told.statuses[-1] == "1 of 3 silos connected to here:1, 2 refused"
     assert not trial.task.done()
     await trial.end()
 

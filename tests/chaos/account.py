@@ -23,9 +23,8 @@ def process_states(mark: str) -> list[str]:
     for process in marked(mark):
         with contextlib.suppress(psutil.Error, OSError):
             waits = Path(f"/proc/{process.pid}/wchan").read_text()
-            lines.append(
-                f"{process.pid} (of {process.ppid()}) {process.status()} in '{waits}': {' '.join(process.cmdline()[1:])}"
-            )
+            command = " ".join(process.cmdline()[1:])
+            lines.append(f"{process.pid} (of {process.ppid()}) {process.status()} in '{waits}': {command}")
     return lines
 
 

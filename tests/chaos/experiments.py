@@ -63,6 +63,7 @@ def clip_spec(silos: tuple[str, ...], classes: tuple[str, ...], weights_sha256: 
     return _spec(method, silos, 3, every=1, seed=16, model=model, classes=classes, training=training)
 
 
+TRAINING = TrainingSpec()
 NUMPY_MODEL = ModelSpec("numpy", worker_process.WEIGHTS, worker_process.CONTEXT_DIM, worker_process.CONTEXT_DIM)
 
 
@@ -74,7 +75,7 @@ def _spec(
     seed: int,
     model: ModelSpec = NUMPY_MODEL,
     classes: tuple[str, ...] = ("cat", "dog"),
-    training: TrainingSpec = TrainingSpec(),
+    training: TrainingSpec = TRAINING,
 ) -> ExperimentSpec:
     local = LocalSpec(method.name, hyperparameters_json(method), model, classes, training, rounds, seed=seed)
     asked = RoundsSpec(rounds, time_limit=TIME_LIMIT, silos=silos, retries=RETRIES)

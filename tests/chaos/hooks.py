@@ -1,8 +1,8 @@
 """Runs inside a daemon of the chaos suite: kills it at a named point, or lets its disk refuse, as files tell it to.
 
 The runner writes these files into the daemon's control directory, also while the daemon runs:
-* `armed` holds `<point> #<count> <token>`: at the count-th passage of the point the process notes the token in `hit` and
-  kills itself with SIGKILL, so that nothing of Python or of C libraries is run any more.
+* `armed` holds `<point> #<count> <token>`: at the count-th passage of the point the process notes the token in `hit`
+  and kills itself with SIGKILL, so that nothing of Python or of C libraries is run any more.
 * `disk` holds `ENOSPC` or `EROFS`: every write to the state directory fails with it until the file is gone.
 """
 

@@ -1,4 +1,4 @@
-"""A disk that refuses when the runner says so: what the product calls to write fails as the system would let it fail."""
+"""A disk that refuses when the runner says so: what the product calls to write fails as the system would fail it."""
 
 import functools
 import sqlite3

@@ -255,7 +255,7 @@ class Run:
             if code != 0:
                 self.problems.append(f"{name} ended with {code} when it was asked to stop")
         deadline = time.monotonic() + ORPHAN_LIMIT
-        while marked(self.mark) and time.monotonic() < deadline:
+        while marked(self.mark) and time.monotonic() < deadline:  # noqa: ASYNC110  # no event tells of their end
             await asyncio.sleep(0.1)
         self.orphans_seen = len(marked(self.mark))
         if self.orphans_seen:

@@ -1,4 +1,4 @@
-"""Which faults strike whom, when and for how long: drawn from a seed, so that a run can be repeated as far as can be."""
+"""Which faults strike whom, when and for how long: drawn from a seed, so that a run can be repeated in the main."""
 
 import enum
 import random

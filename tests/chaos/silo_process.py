@@ -1,4 +1,4 @@
-"""`fedrt-silo run` with crash points: python -m tests.chaos.silo_process YAML numpy|clip, the latter the real worker."""
+"""`fedrt-silo run` with crash points: python -m tests.chaos.silo_process YAML numpy|clip; clip is the real worker."""
 
 import functools
 import sys

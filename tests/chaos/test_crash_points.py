@@ -56,7 +56,7 @@ def test_every_other_place_is_in_the_product(place: str) -> None:
 
 
 def test_a_place_that_is_gone_is_named() -> None:
-    with pytest.raises(LookupError, match="the product has no 'silo.spool:Spool.gone' any more"):
+    with pytest.raises(LookupError, match=r"the product has no 'silo\.spool:Spool\.gone' any more"):
         find("silo.spool:Spool.gone")
 
 

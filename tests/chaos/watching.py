@@ -1,4 +1,4 @@
-"""What an operator of a chaos run sees: creates experiments, follows their events over every death of the coordinator."""
+"""What an operator of a chaos run sees: experiments and their events, followed over every death of the coordinator."""
 
 import asyncio
 import time

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator.records import Changes
 from tests.chaos.hooks import Hooks
 
 
@@ -44,6 +45,7 @@ class Wrapped:
     place: str
     occasion: Occasion = Occasion.WORK
     kinds: tuple[tuple[str, Occasion], ...] = ()  # of the first argument after self
+    only: Callable[..., bool] = lambda *arguments: True  # the calls that count
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class CrashPoint:
     occasion: Occasion
 
 
+def _with_results(store: object, changes: Changes) -> bool:
+    return any(task.verdict is not None for task in changes.tasks.values())
+
+
 _STATEFILE = (
     ("create", "fedrt.statefile:_create"),
     ("write", "fedrt.statefile:_fill"),
@@ -62,6 +68,7 @@ _STATEFILE = (
     ("rename", "pathlib:Path.replace"),
 )
 COORDINATOR = (
+    Wrapped("commit of results", "coordinator.store:Store.commit", only=_with_results),
     Wrapped("put large", "coordinator.blobs:Blobs.put_large"),
     Wrapped("rows", "coordinator.blobs:Blobs.put"),
     Wrapped("blob move", "coordinator.blobs:move_durably", Occasion.LARGE),
@@ -190,6 +197,8 @@ def install(role: Role, hooks: Hooks) -> None:
 
 def _around(function: Callable[..., Any], wrapped: Wrapped, hooks: Hooks) -> Callable[..., Any]:
     def label(arguments: tuple[Any, ...]) -> str:
+        if not wrapped.only(*arguments):
+            return "nothing"
         if wrapped.kinds:
             return f"{wrapped.name} {type(arguments[1]).__name__}"
         if wrapped.name == "statefile fsync" and arguments[0].is_dir():

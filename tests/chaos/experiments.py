@@ -59,8 +59,8 @@ def clip_spec(silos: tuple[str, ...], classes: tuple[str, ...], weights_sha256: 
     """An experiment for silos with the real worker: its initial tensors come from a phrase, so from a silo."""
     method = FedPGP(context_length=4, rank=2, context_init="a photo of a")
     model = ModelSpec("fedrt-tiny", weights_sha256, 96, 96)
-    training = TrainingSpec(1, 16, OptimizerSpec(learning_rate=0.05))
-    return _spec(method, silos, 3, every=1, seed=16, model=model, classes=classes, training=training)
+    training = TrainingSpec(8, 16, OptimizerSpec(learning_rate=0.05))
+    return _spec(method, silos, 8, every=2, seed=16, model=model, classes=classes, training=training)
 
 
 TRAINING = TrainingSpec()

@@ -133,7 +133,7 @@ class Faults:
         assert fault.point is not None
         control, token = self.layout.control(fault.target), secrets.token_hex(8)
         await self.daemons[fault.target].running()
-        (control / "new").write_text(f"{fault.point.name} #{fault.count} {token}")
+        (control / "new").write_text(f"{fault.point.name} #{fault.count} {fault.linger:.3f} {token}")
         (control / "new").rename(control / "armed")
         hit, begin, made = control / "hit", time.monotonic(), float("-inf")
         while time.monotonic() - begin < POINT_LIMIT:

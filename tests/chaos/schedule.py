@@ -4,11 +4,12 @@ import enum
 import random
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.chaos.crash_points import CrashPoint, Occasion, Role, points
 from tests.chaos.layout import COORDINATOR, SILENCE_LIMIT, Layout
 
+LINGER = 0.3  # seconds: as long as a commit to a slow disk
 MEAN_GAP = 0.5  # seconds between the beginnings of two faults
 
 
@@ -45,26 +46,33 @@ ANY_DAEMON = {
 }  # fmt: skip
 EVERYBODY = {Kind.KILL_ALL, Kind.PARTITION}
 TELLING = (
-    (Role.COORDINATOR, "commit before"),
+    (Role.COORDINATOR, "commit of results before"),
     (Role.SILO, "message VerdictArrived before"),
-    (Role.SILO, "send TaskResult after"),
-    (Role.COORDINATOR, "commit after"),
+    (Role.SILO, "spool put before"),
+    (Role.COORDINATOR, "commit of results after"),
+    (Role.SILO, "promote before"),
     (Role.SILO, "promote after"),
-    (Role.COORDINATOR, "effects before"),
-    (Role.SILO, "spool put after"),
     (Role.COORDINATOR, "aggregation after"),
+    (Role.SILO, "statefile write middle"),
+    (Role.COORDINATOR, "effects before"),
+    (Role.SILO, "receive ResultAck before"),
+    (Role.COORDINATOR, "commit before"),
+    (Role.SILO, "spool put after"),
 )  # what a run begins with: here the bits are lost first if they are
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. `duration` in seconds; `count`: at which passage of the point; `amount`: of delay or throttling."""
+    """One fault. `duration` in seconds; `count`: at which passage of the point, and how long to `linger` there;
+    `amount`: of delay or throttling.
+    """
 
     kind: Kind
     target: str
     duration: float = 0.0
     point: CrashPoint | None = None
     count: int = 1
+    linger: float = 0.0
     amount: float = 0.0
 
     def __str__(self) -> str:
@@ -100,9 +108,11 @@ class Deck:
     def _telling(self) -> Iterator[Fault]:
         known = {(point.role, point.name): point for role in Role for point in points(role)}
         for index, place in enumerate(TELLING):
-            yield self._at_point(known[place])
+            yield replace(self._at_point(known[place]), linger=LINGER)
             if index % 2:
-                yield self._of_kind((Kind.LATE, Kind.KILL_WORKER, Kind.BLACK_HOLE, Kind.KILL)[index // 2])
+                yield self._of_kind(
+                    (Kind.LATE, Kind.KILL_WORKER, Kind.DISK_NO_SPACE, Kind.KILL, Kind.BLACK_HOLE, Kind.LATE)[index // 2]
+                )
 
     def _cycle(self) -> list[Fault]:
         here = [point for role in Role for point in points(role)]
@@ -116,7 +126,8 @@ class Deck:
         coordinator = point.role is Role.COORDINATOR
         target = COORDINATOR if coordinator else self._chance.choice(self._layout.numpy_silos)
         count = self._chance.randint(1, 4) if point.occasion is Occasion.WORK else 1
-        return Fault(Kind.CRASH_POINT, target, point=point, count=count)
+        linger = self._chance.choice((0.0, LINGER))
+        return Fault(Kind.CRASH_POINT, target, point=point, count=count, linger=linger)
 
     def _of_kind(self, kind: Kind) -> Fault:
         chance = self._chance

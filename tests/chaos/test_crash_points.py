@@ -110,13 +110,13 @@ def test_nothing_armed_nothing_happens(tmp_path: Path) -> None:
     ],
 )
 def test_an_armed_point_kills_at_its_passage(tmp_path: Path, point: str, count: int, left: bytes) -> None:
-    code, hit, content, _ = write(tmp_path, armed=f"{point} #{count} token")
+    code, hit, content, _ = write(tmp_path, armed=f"{point} #{count} 0 token")
     assert (code, hit, content) == (-signal.SIGKILL, "token\n", left)
     assert not (tmp_path / "control" / "armed").exists()  # the next life is not killed again
 
 
 def test_a_point_that_is_not_passed_often_enough_kills_nobody(tmp_path: Path) -> None:
-    assert write(tmp_path, armed="statefile create before #4 token")[:2] == (0, "")
+    assert write(tmp_path, armed="statefile create before #4 0 token")[:2] == (0, "")
 
 
 @pytest.mark.parametrize(("name", "words"), [("ENOSPC", "the disk is full"), ("EROFS", "the file system is read-only")])

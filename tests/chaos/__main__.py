@@ -27,13 +27,14 @@ def main(no_disks: str) -> int:
     parser.add_argument(
         "--clip", action=argparse.BooleanOptionalAction, default=True, help="silos with the real worker"
     )
+    parser.add_argument("--keep", action="store_true", help="keep logs and an account also if nothing is wrong")
     options = parser.parse_args()
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # broken connections are what this is about
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
     print(f"chaos for {options.minutes:g} minutes with seed {seed}", file=sys.stderr)
     if no_disks:
         print(f"full disks are simulated only: {no_disks}", file=sys.stderr)
-    plan = Plan(options.minutes, seed, options.clip, tuple(options.specs.split(",")))
+    plan = Plan(options.minutes, seed, options.clip, tuple(options.specs.split(",")), options.keep)
     report = asyncio.run(_interruptible(chaos(plan, has_disks=not no_disks)))
     text = json.dumps(report, indent=2)
     print(text)

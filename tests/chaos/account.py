@@ -35,8 +35,7 @@ def write_account(run: "Run", report: dict[str, Any]) -> Path:
     lines = ["PROBLEMS", *run.problems, "", "PROCESSES", *run.states, "", "EXPERIMENTS"]
     for history in run.watcher.histories.values():
         lines.append(f"{history.name}: {State.State.Name(history.state)} {history.message}")
-        if history.name in " ".join(run.problems) or not history.has_ended:
-            lines += [f"    {line}" for line in history.lines]
+        lines += [f"    {line}" for line in history.lines]
     lines += ["", "FAULTS (begin, end, what)"]
     lines += [
         f"{one.begin:.3f} {(one.end or 0):.3f} {one.fault}{'' if one.reached else ' (not reached)'}"

@@ -11,9 +11,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from coordinator import rounds
 from tests.chaos import namespace
 from tests.chaos.crash_points import Occasion
-from tests.chaos.layout import COORDINATOR, Layout
+from tests.chaos.layout import COORDINATOR, SILENCE_LIMIT, Layout
 from tests.chaos.pool import Pool
 from tests.chaos.processes import Daemon
 from tests.chaos.proxy import FaultyProxy
@@ -21,6 +22,7 @@ from tests.chaos.schedule import Fault, Kind
 
 POINT_LIMIT = 12.0  # seconds until a point that was not reached is given up, for now
 OCCASION_INTERVAL = 4.0  # seconds after which its occasion is made again
+LATENCY = 0.5 * SILENCE_LIMIT  # seconds
 POLL = 0.02  # seconds
 REFUSALS = {Kind.DISK_NO_SPACE: "ENOSPC", Kind.DISK_READ_ONLY: "EROFS"}
 
@@ -33,6 +35,7 @@ class Struck:
     begin: float
     end: float | None = None
     reached: bool = True  # a crash point: whether the process came by
+    alone: bool = False  # nothing else happened until all experiments had moved again
 
 
 @dataclass
@@ -47,10 +50,10 @@ class Faults:
     struck: list[Struck] = field(default_factory=list)
     _turns: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
 
-    async def strike(self, fault: Fault) -> Struck:
+    async def strike(self, fault: Fault, alone: bool = False) -> Struck:
         """Let it happen and take it back."""
         async with self._turns[self._resource(fault)]:
-            record = Struck(fault, time.time())
+            record = Struck(fault, time.time(), alone=alone)
             self.struck.append(record)
             try:
                 record.reached = await self._happen(fault)
@@ -204,17 +207,18 @@ class Faults:
         await proxy.mend()
 
     async def _late(self, fault: Fault) -> None:
-        """A silo works on behind a black hole while its round is lost by another one, and is tried again without it."""
-        proxy = self.proxies[fault.target]
-        others = [silo for silo in self.layout.numpy_silos if silo != fault.target]
-        proxy.black_hole()
+        """A silo's result is under way while its round, which another silo has lost, closes: it comes too late."""
+        proxy, daemon = self.proxies[fault.target], self.daemons[fault.target]
+        other = self.daemons[self.chance.choice([s for s in self.layout.numpy_silos if s != fault.target])]
+        proxy.delay(LATENCY, 0.0)
         deadline = time.monotonic() + fault.duration
         while time.monotonic() < deadline:
-            pid = await self.daemons[self.chance.choice(others)].worker()
-            if pid is not None:
+            pid, victim = await daemon.worker(), await other.worker()
+            if pid is not None and victim is not None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            await asyncio.sleep(self.chance.uniform(1.5, 3.0))
+                    os.kill(victim, signal.SIGKILL)
+                await _stopped(pid, rounds.LOST_GRACE - LATENCY / 2 - self.chance.uniform(0.0, 0.6))
+            await asyncio.sleep(self.chance.uniform(0.5, 2.0))
         await proxy.mend()
 
     # ---- disks

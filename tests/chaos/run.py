@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tests.chaos.account import process_states, write_account
 from tests.chaos.experiments import Expected, alone, clip_spec, digest_of, numpy_specs, vault_digest
 from tests.chaos.faults import Faults, Struck
 from tests.chaos.layout import COORDINATOR, Layout, quiet_ports
-from tests.chaos.outcome import Found, objections, stalls
+from tests.chaos.outcome import Found, longest_gap, objections, stalls
 from tests.chaos.pool import Pool, submit
 from tests.chaos.processes import PATIENCE, STAYS_DOWN, Daemon, make_daemons, marked, orphans
 from tests.chaos.proxy import FaultyProxy
@@ -31,6 +31,8 @@ from tests.chaos.watching import History, Watcher
 NUMPY_SILOS = ("north", "south", "west")
 CLIP_SILOS = ("clinic-a", "clinic-b")
 IN_FLIGHT = 4  # faults at the same time
+LONG_RUN = 3.0  # minutes from which on faults also strike alone, to be measured
+ALONE_SHARE = 0.3  # of the time, at most, for that
 STANDSTILL = 180.0  # seconds without any event after which a run hangs; generous, for busy machines
 ORPHAN_LIMIT = 30.0  # seconds a child may outlive its daemon before it counts as an orphan
 
@@ -43,6 +45,7 @@ class Plan:
     seed: int
     with_clip: bool = False
     specs: tuple[str, ...] = ("transport", "momentum", "large", "pair", "median")
+    keep: bool = False  # the directory with logs and an account, also if nothing is wrong
 
 
 @dataclass
@@ -74,6 +77,7 @@ class Run:
             if await self._undisturbed(specs):
                 await self._chaos(random.Random(chance.random()))
                 if await self._settle():
+                    await self._spools_are_empty()
                     await self._compare()
             await self._end(daemons)
             if self.problems:
@@ -150,9 +154,12 @@ class Run:
     async def _chaos(self, chance: random.Random) -> None:
         """Strike for the planned time, then let everything that is broken come back."""
         deck, over, room = Deck(self.layout, chance, self.has_disks), asyncio.Event(), asyncio.Semaphore(IN_FLIGHT)
-        self._begin_time = time.monotonic()
-        deadline = self._begin_time + self.plan.minutes * 60
+        begin = time.monotonic()
+        deadline = begin + self.plan.minutes * 60
         keeping = asyncio.create_task(self.pool.keep(over))
+        judging = asyncio.create_task(self._judge())
+        if self.plan.minutes >= LONG_RUN:
+            await self._one_by_one(deck, begin + ALONE_SHARE * (deadline - begin))
         strikes: set[asyncio.Task[None]] = set()
         while time.monotonic() < deadline and not self.problems:
             await room.acquire()
@@ -162,15 +169,53 @@ class Run:
             await asyncio.sleep(min(deck.gap(), max(0.0, deadline - time.monotonic())))
             self._look()
         over.set()
+        judging.cancel()
+        await asyncio.wait({judging})
         if strikes:
             await asyncio.wait(strikes, timeout=PATIENCE)
         await asyncio.wait({keeping}, timeout=PATIENCE)
-        for task in (keeping, *strikes):
+        for task in (keeping, judging, *strikes):
             if not task.done():
                 self.problems.append("a fault or the creation of an experiment does not come to its end")
                 task.cancel()
             elif not task.cancelled() and (error := task.exception()) is not None:
                 self.problems.append(f"the runner failed: {type(error).__name__}: {error}")
+
+    async def _one_by_one(self, deck: Deck, deadline: float) -> None:
+        """Strike once in each way, and wait each time until every experiment has moved again: so stalls are measured."""
+        for fault in deck.one_of_each():
+            if not await self.watcher.until(lambda: len(self.pool.active) > 1, STANDSTILL):
+                self.problems.append(f"experiments stand still before '{fault}'")
+            under_way = {one.name: len(one.event_times) for one in self.pool.active}
+            if self.problems or time.monotonic() > deadline:
+                return
+            struck = await self.faults.strike(fault, alone=True)
+            end = struck.end or 0.0
+
+            def has_moved() -> bool:
+                there = [self.watcher.histories[name] for name in under_way]  # noqa: B023
+                return all(one.has_ended or any(at > end for at in one.event_times[-1:]) for one in there)  # noqa: B023
+
+            if not await self.watcher.until(has_moved, STANDSTILL):
+                self.problems.append(f"experiments stand still after '{fault}'")
+            self._look()
+
+    async def _judge(self) -> None:
+        """Compare what has ended already, as far as that can be done before the silos have their verdicts."""
+        judged: set[str] = set()
+        while True:
+            ended = [one for one in self._to_compare() if one.has_ended and one.name not in judged]
+            for history in ended:
+                judged.add(history.name)
+                found = replace(await self._found(history), vaults={})
+                self.problems += objections(found, self.expected[history.spec_name])
+            await self.watcher.until(
+                lambda: any(one.has_ended and one.name not in judged for one in self._to_compare()), float("inf")
+            )
+
+    def _to_compare(self) -> list[History]:
+        every = list(self.watcher.histories.values())
+        return [one for one in every if not one.is_doomed and not one.name.startswith("undisturbed-")]
 
     async def _strike(self, deck: Deck, fault: Fault, room: asyncio.Semaphore) -> None:
         try:
@@ -212,7 +257,7 @@ class Run:
             names = [history.name for history in self.pool.active]
             self.problems.append(f"experiments stand still: {names}")
             return False
-        return await self._spools_are_empty()
+        return True
 
     async def _spools_are_empty(self) -> bool:
         """Wait until every result has its verdict."""
@@ -237,9 +282,7 @@ class Run:
         return Found(history, digest_of(export.tensors), vaults)
 
     async def _compare(self) -> None:
-        for history in list(self.watcher.histories.values()):
-            if history.is_doomed or history.name.startswith("undisturbed-"):
-                continue
+        for history in self._to_compare():
             problems = objections(await self._found(history), self.expected[history.spec_name])
             self.compared += 1
             self.equal += not problems
@@ -274,7 +317,8 @@ class Run:
 
     def _report(self, duration: float) -> dict[str, Any]:
         struck: list[Struck] = [one for one in self.faults.struck if one.reached]
-        histories = [one for one in self.watcher.histories.values() if not one.name.startswith("undisturbed-")]
+        known = list(self.watcher.histories.values())
+        histories = [one for one in known if not one.name.startswith("undisturbed-")]
         return {
             "seed": self.plan.seed,
             "duration_seconds": round(duration, 1),
@@ -291,6 +335,8 @@ class Run:
             "digests_equal": self.equal,
             "digests_total": self.compared,
             "restarts": {name: max(0, len(daemon.exits) - 1) for name, daemon in self.daemons.items()},
+            "longest_gap_undisturbed": longest_gap(one for one in known if one.name.startswith("undisturbed-")),
+            "longest_gap": longest_gap(histories),
             "stalls_seconds": stalls(self.faults.struck, histories),
             "orphan_processes": self.orphans_seen,
             "problems": list(dict.fromkeys(self.problems)),
@@ -303,7 +349,7 @@ async def chaos(plan: Plan, has_disks: bool) -> dict[str, Any]:
     run, is_worth_keeping = Run(plan, layout, has_disks), False
     try:
         report = await run.perform()
-        if report["problems"]:
+        if report["problems"] or plan.keep:
             is_worth_keeping = True
             report["account"] = str(layout.root)
             write_account(run, report)

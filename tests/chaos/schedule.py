@@ -101,6 +101,14 @@ class Deck:
             self._waiting.extend(self._cycle())
         return self._waiting.popleft()
 
+    def one_of_each(self) -> list[Fault]:
+        """Every kind once, at the coordinator and at a silo where it can strike either, and a few points; shuffled."""
+        faults = [replace(self._of_kind(kind), target=self._silo()) for kind in self._kinds if kind not in EVERYBODY]
+        faults += [replace(self._of_kind(kind), target=COORDINATOR) for kind in self._kinds if kind in ANY_DAEMON]
+        faults += [self._of_kind(kind) for kind in self._kinds if kind in EVERYBODY]
+        self._chance.shuffle(faults)
+        return faults
+
     def again(self, fault: Fault) -> None:
         """A point was not reached: try it once more later."""
         self._waiting.append(fault)
@@ -124,10 +132,13 @@ class Deck:
 
     def _at_point(self, point: CrashPoint) -> Fault:
         coordinator = point.role is Role.COORDINATOR
-        target = COORDINATOR if coordinator else self._chance.choice(self._layout.numpy_silos)
+        target = COORDINATOR if coordinator else self._silo()
         count = self._chance.randint(1, 4) if point.occasion is Occasion.WORK else 1
         linger = self._chance.choice((0.0, LINGER))
         return Fault(Kind.CRASH_POINT, target, point=point, count=count, linger=linger)
+
+    def _silo(self) -> str:
+        return self._chance.choice(self._layout.numpy_silos)
 
     def _of_kind(self, kind: Kind) -> Fault:
         chance = self._chance

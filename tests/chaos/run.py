@@ -19,12 +19,13 @@ from silo.vault import Vault
 from tests.chaos import clip_images, namespace
 from tests.chaos.account import process_states, write_account
 from tests.chaos.experiments import Expected, alone, clip_spec, digest_of, numpy_specs, vault_digest
-from tests.chaos.faults import Faults, Struck
+from tests.chaos.faults import Faults
 from tests.chaos.layout import COORDINATOR, Layout, quiet_ports
-from tests.chaos.outcome import Found, longest_gap, objections, stalls
+from tests.chaos.outcome import Found, objections
 from tests.chaos.pool import Pool, submit
 from tests.chaos.processes import PATIENCE, STAYS_DOWN, Daemon, make_daemons, marked, orphans
 from tests.chaos.proxy import FaultyProxy
+from tests.chaos.report import make_report
 from tests.chaos.schedule import Deck, Fault, Kind
 from tests.chaos.watching import History, Watcher
 
@@ -82,7 +83,7 @@ class Run:
             await self._end(daemons)
             if self.problems:
                 self.states = process_states(self.mark)
-        return self._report(time.monotonic() - begin)
+        return make_report(self, time.monotonic() - begin)
 
     # ---- the parts
 
@@ -182,7 +183,7 @@ class Run:
                 self.problems.append(f"the runner failed: {type(error).__name__}: {error}")
 
     async def _one_by_one(self, deck: Deck, deadline: float) -> None:
-        """Strike once in each way, and wait each time until every experiment has moved again: so stalls are measured."""
+        """Strike once in each way, each time until every experiment has moved again: so stalls are measured."""
         for fault in deck.one_of_each():
             if not await self.watcher.until(lambda: len(self.pool.active) > 1, STANDSTILL):
                 self.problems.append(f"experiments stand still before '{fault}'")
@@ -314,33 +315,6 @@ class Run:
             *self.layout.root.glob("*.sock"),
             *state.glob("*/spool/*"),
         ]
-
-    def _report(self, duration: float) -> dict[str, Any]:
-        struck: list[Struck] = [one for one in self.faults.struck if one.reached]
-        known = list(self.watcher.histories.values())
-        histories = [one for one in known if not one.name.startswith("undisturbed-")]
-        return {
-            "seed": self.plan.seed,
-            "duration_seconds": round(duration, 1),
-            "small_disks": self.has_disks,
-            "fault_count": len(struck),
-            "faults": dict(sorted(Counter(one.fault.kind.value for one in struck).items())),
-            "crash_points_hit": len(self.hits),
-            "crash_points": dict(sorted(self.hits.items())),
-            "crash_points_not_reached": sorted(set(self.not_reached) - set(self.hits)),
-            "experiments": dict(sorted(Counter(one.spec_name for one in histories if not one.is_doomed).items())),
-            "experiments_cancelled": sum(one.is_doomed for one in histories),
-            "rounds": sum(len(one.rounds) for one in histories),
-            "rounds_tried_again": sum(one.attempts for one in histories),
-            "digests_equal": self.equal,
-            "digests_total": self.compared,
-            "restarts": {name: max(0, len(daemon.exits) - 1) for name, daemon in self.daemons.items()},
-            "longest_gap_undisturbed": longest_gap(one for one in known if one.name.startswith("undisturbed-")),
-            "longest_gap": longest_gap(histories),
-            "stalls_seconds": stalls(self.faults.struck, histories),
-            "orphan_processes": self.orphans_seen,
-            "problems": list(dict.fromkeys(self.problems)),
-        }
 
 
 async def chaos(plan: Plan, has_disks: bool) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors.numpy
+
 from coordinator import experiments
 from coordinator.rounds import Round
 from fedrt.aggregation import Median, ServerAdam, ServerMomentum, ServerState, Update
@@ -92,9 +94,20 @@ def digest_of(tensors: Tensors) -> str:
 def vault_digest(vault: Path, experiment_id: str) -> str:
     """SHA-256 of what a silo's vault holds of an experiment, byte by byte; of nothing if it holds nothing."""
     digest = hashlib.sha256()
-    for path in sorted(vault.glob(f"{experiment_id}-*")):
+    for path in vault_files(vault, experiment_id):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def vault_files(vault: Path, experiment_id: str) -> list[Path]:
+    """The files of an experiment in a silo's vault, the current one last."""
+    places = sorted(vault.glob(f"{experiment_id}-*"))
+    return [path for place in places for path in (sorted(place.iterdir()) if place.is_dir() else [place])]
+
+
+def latest_private(vault: Path, experiment_id: str) -> Tensors:
+    """The private tensors that a vault holds now."""
+    return safetensors.numpy.load_file(vault_files(vault, experiment_id)[-1])
 
 
 def alone(spec: ExperimentSpec) -> tuple[str, dict[str, str]]:

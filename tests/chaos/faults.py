@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from coordinator import rounds
 from tests.chaos import namespace
@@ -23,6 +24,7 @@ from tests.chaos.schedule import Fault, Kind
 POINT_LIMIT = 12.0  # seconds until a point that was not reached is given up, for now
 OCCASION_INTERVAL = 4.0  # seconds after which its occasion is made again
 LATENCY = 0.5 * SILENCE_LIMIT  # seconds
+TAIL_BYTES = 4096
 POLL = 0.02  # seconds
 REFUSALS = {Kind.DISK_NO_SPACE: "ENOSPC", Kind.DISK_READ_ONLY: "EROFS"}
 
@@ -213,12 +215,13 @@ class Faults:
         proxy.delay(LATENCY, 0.0)
         deadline = time.monotonic() + fault.duration
         while time.monotonic() < deadline:
+            await asyncio.sleep(POLL)
+            here, there = (training(self.layout.log(one.name)) for one in (daemon, other))
             pid, victim = await daemon.worker(), await other.worker()
-            if pid is not None and victim is not None:
+            if here and here == there and pid is not None and victim is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
-                await _stopped(pid, rounds.LOST_GRACE - LATENCY / 2 - self.chance.uniform(0.0, 0.6))
-            await asyncio.sleep(self.chance.uniform(0.5, 2.0))
+                await _stopped(pid, rounds.LOST_GRACE - LATENCY / 2 - self.chance.uniform(0.0, 0.4))
         await proxy.mend()
 
     # ---- disks
@@ -239,6 +242,21 @@ class Faults:
             await asyncio.sleep(fault.duration)
         finally:
             flag.unlink()
+
+
+def training(log: Path) -> str:
+    """Experiment and round that a silo trains for now, as its log has it; nothing if it does not."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    begun = [(index, line) for index, line in enumerate(lines) if "work begins" in line]
+    if not begun:
+        return ""
+    index, line = begun[-1]
+    task_id = line.rpartition("task=")[2]
+    if "/train" not in task_id or any(task_id in later for later in lines[index + 1 :]):
+        return ""
+    return "/".join(task_id.split("/")[:2])
 
 
 async def _stopped(pid: int, duration: float) -> None:

@@ -15,10 +15,9 @@ from typing import Any
 
 from fedrt.admin_client import AdminClient
 from fedrt.spec import ExperimentSpec
-from silo.vault import Vault
 from tests.chaos import clip_images, namespace
 from tests.chaos.account import process_states, write_account
-from tests.chaos.experiments import Expected, alone, clip_spec, digest_of, numpy_specs, vault_digest
+from tests.chaos.experiments import Expected, alone, clip_spec, digest_of, latest_private, numpy_specs, vault_digest
 from tests.chaos.faults import Faults
 from tests.chaos.layout import COORDINATOR, Layout, quiet_ports
 from tests.chaos.outcome import Found, objections
@@ -148,8 +147,7 @@ class Run:
         if digest != shared:
             self.problems.append(f"{history.name}: not what one computes alone")
         for silo, wanted in private.items():
-            vault = Vault(self.layout.state(silo) / "vault")
-            if digest_of(vault.load(history.name)) != wanted:
+            if digest_of(latest_private(self.layout.state(silo) / "vault", history.name)) != wanted:
                 self.problems.append(f"{history.name}: the vault of {silo} is not what one computes alone")
 
     async def _chaos(self, chance: random.Random) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from tests.chaos.crash_points import CrashPoint, Occasion, Role, points
 from tests.chaos.layout import COORDINATOR, SILENCE_LIMIT, Layout
 
+LATE_DURATION = 8.0  # seconds: several attempts
 LINGER = 0.3  # seconds: as long as a commit to a slow disk
 MEAN_GAP = 0.5  # seconds between the beginnings of two faults
 
@@ -148,6 +149,8 @@ class Deck:
             target = COORDINATOR
         else:
             target = chance.choice(self._layout.silos)
-        longest = {Kind.FORGOTTEN: 2.0, Kind.LATE: 6.0, Kind.KILL_AGAIN: 1.5}.get(kind, 2.5 * SILENCE_LIMIT)
+        longest = {Kind.FORGOTTEN: 2.0, Kind.KILL_AGAIN: 1.5}.get(kind, 2.5 * SILENCE_LIMIT)
         amount = {Kind.DELAY: chance.uniform(0.02, 0.4), Kind.THROTTLE: 10 ** chance.uniform(3.7, 6)}.get(kind, 0.0)
-        return Fault(kind, target, duration=chance.uniform(0.2, longest), amount=amount)
+        return Fault(
+            kind, target, duration=LATE_DURATION if kind is Kind.LATE else chance.uniform(0.2, longest), amount=amount
+        )

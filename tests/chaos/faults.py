@@ -93,7 +93,7 @@ class Faults:
                     *(self.strike_network(Fault(Kind.BLACK_HOLE, silo, fault.duration)) for silo in self.layout.silos)
                 )
             case Kind.LATE:
-                await self._late(fault)
+                return await self._late(fault)
             case _:
                 await self._network(fault)
         return True
@@ -208,21 +208,24 @@ class Faults:
             proxy.forget()
         await proxy.mend()
 
-    async def _late(self, fault: Fault) -> None:
+    async def _late(self, fault: Fault) -> bool:
         """A silo's result is under way while its round, which another silo has lost, closes: it comes too late."""
         proxy, daemon = self.proxies[fault.target], self.daemons[fault.target]
         other = self.daemons[self.chance.choice([s for s in self.layout.numpy_silos if s != fault.target])]
         proxy.delay(LATENCY, 0.0)
+        reached = False
         deadline = time.monotonic() + fault.duration
         while time.monotonic() < deadline:
             await asyncio.sleep(POLL)
             here, there = (training(self.layout.log(one.name)) for one in (daemon, other))
             pid, victim = await daemon.worker(), await other.worker()
             if here and here == there and pid is not None and victim is not None:
+                reached = True
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
                 await _stopped(pid, rounds.LOST_GRACE - LATENCY / 2 - self.chance.uniform(0.0, 0.4))
         await proxy.mend()
+        return reached
 
     # ---- disks
 

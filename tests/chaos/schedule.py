@@ -117,7 +117,7 @@ class Deck:
     def _telling(self) -> Iterator[Fault]:
         known = {(point.role, point.name): point for role in Role for point in points(role)}
         for index, place in enumerate(TELLING):
-            yield replace(self._at_point(known[place]), linger=LINGER)
+            yield replace(self._at_point(known[place]), linger=LINGER, count=self._chance.randint(1, 2))
             if index % 2:
                 yield self._of_kind(
                     (Kind.LATE, Kind.KILL_WORKER, Kind.DISK_NO_SPACE, Kind.KILL, Kind.BLACK_HOLE, Kind.LATE)[index // 2]

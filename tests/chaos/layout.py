@@ -8,8 +8,8 @@ from pathlib import Path
 
 from certs.throwaway import Plan, prepare
 
-HEARTBEAT_INTERVAL = 0.3  # seconds
-SILENCE_LIMIT = 1.5  # seconds
+HEARTBEAT_INTERVAL = 0.4  # seconds
+SILENCE_LIMIT = 2.0  # seconds
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 COORDINATOR = "coordinator"
 

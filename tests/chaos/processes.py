@@ -18,7 +18,7 @@ from tests.chaos.layout import COORDINATOR, Layout
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESTART_PAUSE = (0.1, 0.4)  # seconds
 STAYS_DOWN = {2, 77, 78}  # exit codes after which a service manager does not start a daemon again
-PATIENCE = 120.0  # seconds for whatever must come by itself
+PATIENCE = 300.0  # seconds for whatever must come by itself
 
 
 @dataclass

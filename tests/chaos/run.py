@@ -22,7 +22,7 @@ from tests.chaos.faults import Faults
 from tests.chaos.layout import COORDINATOR, Layout, quiet_ports
 from tests.chaos.outcome import Found, objections
 from tests.chaos.pool import Pool, submit
-from tests.chaos.processes import PATIENCE, STAYS_DOWN, Daemon, make_daemons, marked, orphans
+from tests.chaos.processes import STAYS_DOWN, Daemon, make_daemons, marked, orphans
 from tests.chaos.proxy import FaultyProxy
 from tests.chaos.report import make_report
 from tests.chaos.schedule import Deck, Fault, Kind
@@ -33,8 +33,10 @@ CLIP_SILOS = ("clinic-a", "clinic-b")
 IN_FLIGHT = 4  # faults at the same time
 LONG_RUN = 3.0  # minutes from which on faults also strike alone, to be measured
 ALONE_SHARE = 0.3  # of the time, at most, for that
-STANDSTILL = 180.0  # seconds without any event after which a run hangs; generous, for busy machines
-ORPHAN_LIMIT = 30.0  # seconds a child may outlive its daemon before it counts as an orphan
+FIRST_PATIENCE = 600.0  # seconds without any event after which the undisturbed run hangs
+LEAST_PATIENCE = 120.0  # seconds without any event after which a run hangs, on a machine of any speed
+PATIENCE_FACTOR = 15.0  # how many times as long as the whole undisturbed run that is at least
+ORPHAN_LIMIT = 60.0  # seconds a child may outlive its daemon before it counts as an orphan
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Run:
     has_disks: bool
     mark: str = field(default_factory=lambda: secrets.token_hex(8))
     problems: list[str] = field(default_factory=list)
+    patience: float = FIRST_PATIENCE  # seconds
     expected: dict[str, Expected] = field(default_factory=dict)
     orphaned: dict[int, float] = field(default_factory=dict)  # since when, by process id
     orphans_seen: int = 0
@@ -126,12 +129,14 @@ class Run:
         return specs
 
     async def _undisturbed(self, specs: dict[str, ExperimentSpec]) -> bool:
-        """Find out what to expect; false if not even that works."""
+        """Find out what to expect, and how fast this machine is; false if not even that works."""
+        begin = time.monotonic()
         histories = [await submit(self.watcher, f"undisturbed-{name}", name, spec) for name, spec in specs.items()]
-        if not await self.watcher.until(lambda: all(one.has_ended for one in histories), STANDSTILL):
+        if not await self.watcher.until(lambda: all(one.has_ended for one in histories), FIRST_PATIENCE):
             self.problems.append("the undisturbed run stands still")
             return False
         await self._spools_are_empty()
+        self.patience = max(LEAST_PATIENCE, PATIENCE_FACTOR * (time.monotonic() - begin))
         for history in histories:
             found = await self._found(history)
             rounds = {place: dict(there) for place, there in history.rounds.items()}
@@ -171,8 +176,8 @@ class Run:
         judging.cancel()
         await asyncio.wait({judging})
         if strikes:
-            await asyncio.wait(strikes, timeout=PATIENCE)
-        await asyncio.wait({keeping}, timeout=PATIENCE)
+            await asyncio.wait(strikes, timeout=self.patience)
+        await asyncio.wait({keeping}, timeout=self.patience)
         for task in (keeping, judging, *strikes):
             if not task.done():
                 self.problems.append("a fault or the creation of an experiment does not come to its end")
@@ -183,7 +188,7 @@ class Run:
     async def _one_by_one(self, deck: Deck, deadline: float) -> None:
         """Strike once in each way, each time until every experiment has moved again: so stalls are measured."""
         for fault in deck.one_of_each():
-            if not await self.watcher.until(lambda: len(self.pool.active) > 1, STANDSTILL):
+            if not await self.watcher.until(lambda: len(self.pool.active) > 1, self.patience):
                 self.problems.append(f"experiments stand still before '{fault}'")
             under_way = {one.name: len(one.event_times) for one in self.pool.active}
             if self.problems or time.monotonic() > deadline:
@@ -195,7 +200,7 @@ class Run:
                 there = [self.watcher.histories[name] for name in under_way]  # noqa: B023
                 return all(one.has_ended or any(at > end for at in one.event_times[-1:]) for one in there)  # noqa: B023
 
-            if not await self.watcher.until(has_moved, STANDSTILL):
+            if not await self.watcher.until(has_moved, self.patience):
                 self.problems.append(f"experiments stand still after '{fault}'")
             self._look()
 
@@ -232,8 +237,8 @@ class Run:
 
     def _look(self) -> None:
         """See whether anything is wrong already."""
-        if time.monotonic() - self.watcher.last_news > STANDSTILL:
-            self.problems.append(f"no experiment has moved for {STANDSTILL:.0f} seconds")
+        if time.monotonic() - self.watcher.last_news > self.patience:
+            self.problems.append(f"no experiment has moved for {self.patience:.0f} seconds")
         for name, daemon in self.daemons.items():
             for _, code in daemon.exits:
                 if code in STAYS_DOWN or code == 1:
@@ -252,7 +257,7 @@ class Run:
         """Wait for the end of all experiments; false if they stand still."""
         if self.problems:
             return False
-        if not await self.watcher.until(lambda: not self.pool.active, STANDSTILL):
+        if not await self.watcher.until(lambda: not self.pool.active, self.patience):
             names = [history.name for history in self.pool.active]
             self.problems.append(f"experiments stand still: {names}")
             return False
@@ -260,7 +265,7 @@ class Run:
 
     async def _spools_are_empty(self) -> bool:
         """Wait until every result has its verdict."""
-        deadline = time.monotonic() + STANDSTILL
+        deadline = time.monotonic() + self.patience
         left: list[Path] = []
         while time.monotonic() < deadline:
             left = [path for silo in self.layout.silos for path in (self.layout.state(silo) / "spool").glob("*")]

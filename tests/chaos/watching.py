@@ -15,7 +15,7 @@ from tests.chaos.experiments import Measured
 
 State = experiment_pb2.Experiment
 RETRY_DELAY = 0.1  # seconds
-PAUSE_LIMIT = 10.0  # seconds
+ANSWER_LIMIT = 30.0  # seconds until a question is asked again
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Watcher:
         """The answer to a request, asked again until the coordinator gives one. Raises `SpecError`."""
         while True:
             try:
-                async with asyncio.timeout(PAUSE_LIMIT), connect(self._target) as client:
+                async with asyncio.timeout(ANSWER_LIMIT), connect(self._target) as client:
                     return await question(client)
             except SpecError:
                 raise

@@ -3,12 +3,14 @@ SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test setup lint types imports proto proto-check schemas schemas-check unit bench clean
+.PHONY: help demo test setup lint types imports proto proto-check schemas schemas-check unit bench chaos clean
 
 PYTHON ?=
 DATA ?=
 ARGS ?=
 WORKERS ?= 2
+CHAOS_MINUTES ?= 10
+CHAOS_SEED ?=
 export VIRTUAL_ENV := $(CURDIR)/.venv
 BIN := .venv/bin
 READY := .venv/.ready
@@ -59,6 +61,9 @@ unit: $(READY) ## all tests, without the other checks; ARGS='-k name' for some
 
 bench: $(READY) ## every benchmark of tests/bench, each printing JSON; BENCHMARKS=name for one
 	@for name in $(BENCHMARKS); do echo "== $$name" >&2; $(BIN)/python -m "tests.bench.$$name" $(ARGS); done
+
+chaos: $(READY) ## faults strike a federation of real processes, CHAOS_MINUTES=10 long; CHAOS_SEED=n to repeat a run
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --minutes $(CHAOS_MINUTES) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED)) $(ARGS)
 
 clean: ## remove caches and what was generated, but not .venv: delete that to set up anew
 	rm -rf .make .demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

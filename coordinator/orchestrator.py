@@ -128,9 +128,11 @@ class Orchestrator:
         if checkpoint is not None:
             active.checkpoint = checkpoint
             active.tensors = await self.in_store(self._store.blob, checkpoint.shared)
-        if experiment.round is not None:
-            known = await self.in_store(self._store.round_tasks, experiment.experiment_id, experiment.round.number)
-            active.tasks = {task.task_id: task for task in known if experiment.round.ask(task.task_id)}
+        asks = experiment.stage.kept if experiment.round is None else experiment.round.asks  # a retry may still wait
+        if asks:
+            held = {ask.task_id for ask in asks}
+            known = await self.in_store(self._store.round_tasks, experiment.experiment_id, experiment.stage.number)
+            active.tasks = {task.task_id: task for task in known if task.task_id in held}
 
     async def _next_message(self) -> Message:
         ticks = [experiments.next_tick(active.experiment) for active in self.active.by_name.values()]

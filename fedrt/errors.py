@@ -106,8 +106,11 @@ class FailureReason(enum.Enum):
 class WorkError(FedrtError):
     """Local work failed.
 
-    The message reaches the coordinator: it never contains file paths, data values or stack traces.
+    The message reaches the coordinator: it never contains file paths, data values or stack traces. A daemon that cannot
+    even start its worker ends with it: what kills a worker, such as want of memory, may have passed at the next start.
     """
+
+    exit_code = ExitCode.TEMPORARY
 
     def __init__(self, reason: FailureReason, message: str) -> None:
         super().__init__(message)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from structlog.testing import CapturingLogger
 
-from fedrt.errors import ConfigurationError, FailureReason, WorkError
+from fedrt.errors import ConfigurationError, ExitCode, FailureReason, WorkError
 from fedrt.spec import LocalSpec, ModelSpec, TrainingSpec
 from fedrt.task import TaskKind
 from silo.sources import DataSource, ModelSource
@@ -288,9 +288,10 @@ async def test_a_configuration_error_is_for_the_operator_and_not_for_the_coordin
 @pytest.mark.parametrize(("weights", "words"), [("crash", "exit code 3"), ("bug", "unexpected KeyError")])
 async def test_a_child_that_dies_while_it_loads_is_a_work_error(log: CapturingLogger, weights: str, words: str) -> None:
     worker = ProcessWorker(ModelSource("fake", weights), DATA, None, log, FAKE)
-    with pytest.raises(WorkError, match=words):
+    with pytest.raises(WorkError, match=words) as caught:
         await worker.describe()
     assert worker.process_id is None
+    assert caught.value.exit_code is ExitCode.TEMPORARY  # not a bug of the daemon, which ends with it: start it again
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from fedrt.errors import StorageError
 from fedrt.locking import DirectoryLock
 
 COLLECT_INTERVAL = 86_400.0  # seconds between two collections of a running coordinator
+RETRY_INTERVAL = 3600.0  # seconds until the next one if it could not be finished
 SLICE_ROWS = 500  # rows that are looked at in one slice
 SLICE_BYTES = 4 << 20  # after so much has gone a slice ends, a few milliseconds later where the disk is idle
 
@@ -44,6 +45,10 @@ _PAGE = (
     .order_by(blobs_table.c.sha256)
     .limit(SLICE_ROWS)
 )
+
+
+class BlobsKeptError(StorageError):
+    """Nothing may be removed now."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Freed:
 
 
 def collect(store: Store, state_directory: Path, updates: float, now: float) -> Iterator[Freed]:
-    """One slice of work for each item. Ends early, and says so, while a backup keeps the blobs. Raises `StorageError`.
+    """One slice of work for each item. Raises `BlobsKeptError` while a backup reads them, `StorageError` for the disk.
 
     Updates are forgotten of experiments that ended more than `updates` seconds before `now`; infinity keeps them all.
     """
@@ -74,10 +79,7 @@ def collect(store: Store, state_directory: Path, updates: float, now: float) -> 
     while True:
         with removing_blobs(state_directory) as allowed:
             if not allowed:
-                structlog.get_logger("coordinator").info(
-                    "garbage collection ends early: a backup or a check reads the blobs; the rest goes next time"
-                )
-                return
+                raise BlobsKeptError("a backup or a check reads the store; collect when it is through")
             freed = next(slices, None)
         if freed is None:
             return
@@ -87,8 +89,8 @@ def collect(store: Store, state_directory: Path, updates: float, now: float) -> 
 def collect_by_hand(state_directory: Path, updates: float) -> Freed:
     """All slices, of a coordinator that is stopped; what they freed.
 
-    Raises `ConfigurationError` if the coordinator runs, `StorageError` without a store or if the disk refuses, and
-    `DamageError` if the store is not fit for a start: then nothing is removed.
+    Raises `ConfigurationError` if the coordinator runs, `StorageError` without a store, while a backup reads it
+    or if the disk refuses, and `DamageError` if the store is not fit for a start: then nothing is removed.
     """
     if not (state_directory / FILE_NAME).is_file():
         raise StorageError(f"there is no store in '{state_directory}'; check state_directory")
@@ -108,16 +110,21 @@ async def collect_daily(
     updates: float,
     clock: Callable[[], float] = time.time,
 ) -> None:
-    """Collect now and once a day, until cancelled; `in_store` calls a function on the store's thread."""
+    """Collect now and once a day, until cancelled; `in_store` calls a function on the store's thread.
+
+    What a backup or the disk keeps from going is tried again after an hour: a nightly backup may come at the same time.
+    """
     log = structlog.get_logger("coordinator")
     while True:
-        total = Freed()
+        total, pause = Freed(), COLLECT_INTERVAL
         slices = collect(store, state_directory, updates, clock())
         try:
             while (freed := await in_store(next, slices, None)) is not None:
                 total += freed
         except StorageError as error:
-            log.warning("garbage collection stopped; it is tried again tomorrow", reason=str(error))
+            pause = RETRY_INTERVAL
+            tell = log.info if isinstance(error, BlobsKeptError) else log.warning
+            tell("garbage collection waits for an hour", reason=str(error))
         if total != Freed():
             log.info(
                 "garbage collected",
@@ -126,7 +133,7 @@ async def collect_daily(
                 files_without_a_row_removed=total.file_count,
                 freed_bytes=total.byte_count,
             )
-        await asyncio.sleep(COLLECT_INTERVAL)
+        await asyncio.sleep(pause)
 
 
 def _forget_updates(store: Store, ended_before: float) -> Iterator[Freed]:

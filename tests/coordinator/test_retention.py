@@ -17,7 +17,7 @@ from coordinator.blobs import INLINE_BYTES
 from coordinator.cli import app
 from coordinator.experiments import ExperimentState
 from coordinator.records import Changes, Checkpoint, SiloRecord
-from coordinator.retention import Freed, collect, collect_daily
+from coordinator.retention import BlobsKeptError, Freed, collect, collect_daily
 from coordinator.store import Store
 from coordinator.verification import verify
 from fedrt.errors import DamageError, StorageError
@@ -252,11 +252,11 @@ class TestUpdates:
 # ---- backups
 
 
-def test_nothing_goes_while_a_backup_holds_the_lock_and_the_log_says_so(store, directory, capsys):
+def test_nothing_goes_while_a_backup_holds_the_lock(store, directory):
     put(store, tensors(SMALL), tensors(LARGE))
     with keeping_blobs(directory), keeping_blobs(directory):  # two at the same time
-        assert collected(store, directory) == Freed()
-        assert "garbage collection ends early: a backup" in capsys.readouterr().out
+        with pytest.raises(BlobsKeptError, match="a backup or a check reads the store; collect when it is through"):
+            collected(store, directory)
         assert len(rows(directory)) == 2
     assert collected(store, directory).blob_count == 2
 
@@ -266,8 +266,8 @@ def test_a_backup_that_comes_between_two_slices_ends_the_collection(store, direc
     put(store, *(tensors(SMALL, number) for number in range(5)))
     slices = collect(store, directory, math.inf, NOW)
     assert next(slices).blob_count == 1
-    with keeping_blobs(directory):
-        assert list(slices) == []
+    with keeping_blobs(directory), pytest.raises(BlobsKeptError):
+        next(slices)
     assert len(rows(directory)) == 4
 
 
@@ -348,22 +348,29 @@ async def test_the_coordinator_collects_and_commits_meanwhile(store, directory, 
     assert "garbage collected" in capsys.readouterr().out
 
 
-async def test_it_collects_again_after_an_error(store, directory, slices, monkeypatch, capsys):
-    monkeypatch.setattr(retention, "COLLECT_INTERVAL", 0.0)
+@pytest.mark.parametrize(
+    ("error", "level"), [(StorageError("the disk is tired"), "warning"), (BlobsKeptError("a backup"), "info")]
+)
+async def test_what_could_not_be_finished_is_tried_again_soon(
+    store, directory, slices, monkeypatch, capsys, error, level
+):
+    monkeypatch.setattr(retention, "RETRY_INTERVAL", 0.0)
     real, calls = retention.collect, []
 
     def failing_once(*arguments):
         calls.append(arguments)
         if len(calls) == 1:
-            raise StorageError("the disk is tired")
+            raise error
         yield from real(*arguments)
 
     monkeypatch.setattr(retention, "collect", failing_once)
     put(store, tensors(SMALL))
     await until_done(slices, asyncio.create_task(collect_daily(slices, store, directory, 5.0, clock=lambda: NOW)))
     assert rows(directory) == set()
-    assert calls[:2] == [(store, directory, 5.0, NOW)] * 2
-    assert "garbage collection stopped; it is tried again tomorrow" in capsys.readouterr().out
+    assert calls == [(store, directory, 5.0, NOW)] * 2  # and the next one only after a day
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "waits for an hour" in line]
+    assert level in said
+    assert str(error) in said
 
 
 # ---- by hand
@@ -404,6 +411,14 @@ def test_by_hand_not_while_the_coordinator_runs(config, directory):
     lock.release()
     assert done.exit_code == 78
     assert "is in use by another running daemon" in done.stderr
+
+
+def test_by_hand_not_while_a_backup_reads(config, directory):
+    make_store(directory)
+    with keeping_blobs(directory):
+        done = run(config)
+    assert done.exit_code == StorageError.exit_code
+    assert "a backup or a check reads the store" in done.stderr
 
 
 def test_by_hand_not_without_a_store(config, directory):

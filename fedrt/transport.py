@@ -5,7 +5,6 @@ payload after the other in turn, and are read from their buffer only when the pe
 """
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -94,8 +93,8 @@ class Transport:
         self._payloads: deque[tuple[str, Iterator[Chunk]]] = deque()
         self._collecting: dict[str, tuple[Assembler, Collected]] = {}
         self._wake = asyncio.Event()
-        self._watch_again = asyncio.Event()
-        self._excess: ExcessError | None = None
+        self._lost: asyncio.Future[None] | None = None  # what `run` waits on
+        self._timer: asyncio.TimerHandle | None = None
         self._finishing = False
         now = time.monotonic()
         self._liveness = Liveness(HANDSHAKE_LIMIT, HANDSHAKE_LIMIT, now, now)
@@ -105,8 +104,7 @@ class Transport:
         """Queue a frame, unless the peer never reads: then `run` ends. Raises `LocalProtocolError` if it is illegal."""
         self.connection.send(frame)
         if len(self._frames) >= MAX_POSTED_FRAMES:
-            self._excess = ExcessError(f"the peer has left {MAX_POSTED_FRAMES} frames unread")
-            self._watch_again.set()
+            self._lose(ExcessError(f"the peer has left {MAX_POSTED_FRAMES} frames unread"))
             return
         self._adopt_intervals(frame)
         self._frames.append(frame)
@@ -146,8 +144,9 @@ class Transport:
         """
         reader = asyncio.create_task(self._read(on_frame))
         writer = asyncio.create_task(self._write())
-        watcher = asyncio.create_task(self._watch_silence())
-        pumps = (reader, writer, watcher)
+        self._lost = asyncio.get_running_loop().create_future()
+        pumps: tuple[asyncio.Future[None], ...] = (reader, writer, self._lost)
+        self._watch_silence()
         try:
             done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
             if writer in done and writer.exception() is not None:
@@ -155,6 +154,8 @@ class Transport:
             ended = next(pump for pump in pumps if pump.done())
             ended.result()
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
@@ -199,7 +200,8 @@ class Transport:
         if isinstance(frame, Welcome):
             self._liveness.heartbeat_interval = frame.heartbeat_interval
             self._liveness.silence_limit = frame.silence_limit
-            self._watch_again.set()
+            if self._timer is not None:  # it was set for the intervals of before
+                self._watch_silence()
 
     def _add_chunk(self, chunk: Chunk) -> None:
         if chunk.payload_id not in self._collecting:
@@ -247,19 +249,21 @@ class Transport:
             return frame
         return None
 
-    async def _watch_silence(self) -> None:
-        while True:
-            self._watch_again.clear()
-            if self._excess is not None:
-                raise self._excess
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(
-                    self._watch_again.wait(), max(0.0, self._liveness.next_check() - time.monotonic())
-                )
-            now = time.monotonic()
-            if self._liveness.is_silent(now):
-                raise SilenceError(f"nothing was heard for {self._liveness.silence_limit:g} seconds")
-            if self._liveness.heartbeat_due(now):
-                if self.connection.is_open and not self._frames:
-                    self.post(Heartbeat(time.time()))
-                self._liveness.sent(now)
+    def _watch_silence(self) -> None:
+        """See to it that neither side is silent, now and whenever that may change. A timer is cheaper than a task."""
+        if self._timer is not None:
+            self._timer.cancel()
+        now = time.monotonic()
+        if self._liveness.is_silent(now):
+            self._lose(SilenceError(f"nothing was heard for {self._liveness.silence_limit:g} seconds"))
+            return
+        if self._liveness.heartbeat_due(now):
+            if self.connection.is_open and not self._frames:
+                self.post(Heartbeat(time.time()))
+            self._liveness.sent(now)
+        delay = max(0.0, self._liveness.next_check() - now)
+        self._timer = asyncio.get_running_loop().call_later(delay, self._watch_silence)
+
+    def _lose(self, error: FedrtError) -> None:
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_exception(error)

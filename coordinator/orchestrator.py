@@ -175,6 +175,10 @@ class Orchestrator:
         for state in (ExperimentState.PENDING, ExperimentState.RUNNING):
             self._metrics.experiments.labels(state.value).set(states[state])
 
+    def _say(self, log: Callable[..., None], event: str, **fields: object) -> None:
+        """Log it once it is durable: the batch may be undone and tried again many times."""
+        self._due.append(lambda: log(event, **fields))
+
     def _perform(self) -> None:
         due, self._due = self._due, []
         for action in due:
@@ -203,7 +207,7 @@ class Orchestrator:
             case RoundAggregated():
                 self._round_aggregated(message)
             case AggregationFailed(experiment_id, text):
-                self._log.error("aggregation failed", experiment=experiment_id, reason=text)
+                self._say(self._log.error, "aggregation failed", experiment=experiment_id, reason=text)
                 if experiment_id in self.active.by_name:
                     self._advance(self.active.by_name[experiment_id], rounds.Withdrawn(f"aggregation failed: {text}"))
             case CreateOrdered():
@@ -228,7 +232,7 @@ class Orchestrator:
             return
         self._changes.silos[record.silo_id] = record
         self._changes.events.append(SiloChanged(replace(record, methods=())))  # these are in the silo's own record
-        self._log.info("silo", silo=record.silo_id, connected=record.connected, draining=record.draining)
+        self._say(self._log.info, "silo", silo=record.silo_id, connected=record.connected, draining=record.draining)
         self._advance_all(SilosChanged())
 
     async def _result_arrived(self, message: ResultArrived) -> None:
@@ -241,7 +245,7 @@ class Orchestrator:
         tensors = message.tensors
         task, event = recorded(active.tasks[task_id], message.result.outcome, tensors.ref if tensors else None)
         if isinstance(event, rounds.ResultFailed):
-            self._log.warning("task failed", task=task_id, message=event.message)
+            self._say(self._log.warning, "task failed", task=task_id, message=event.message)
         elif tensors and tensors.ref.sha256 in self._changes.blobs:
             self._due.append(message.discard)  # another silo sent the same bytes
         elif tensors:
@@ -250,7 +254,7 @@ class Orchestrator:
         self._advance(active, event)
 
     async def _result_invalid(self, silo_id: str, task_id: str, text: str) -> None:
-        self._log.warning("invalid result", silo=silo_id, task=task_id, reason=text)
+        self._say(self._log.warning, "invalid result", silo=silo_id, task=task_id, reason=text)
         active = self.active.waiting_for(silo_id, task_id)
         if active is None:
             await self._settle_other(silo_id, task_id)
@@ -259,7 +263,11 @@ class Orchestrator:
         self._advance(active, rounds.ResultFailed(task_id, text, Verdict.INVALID))
 
     async def _settle_other(self, silo_id: str, task_id: str) -> None:
-        task = self._changes.tasks.get(task_id) or await self.in_store(self._store.task, task_id)
+        try:
+            task = self._changes.tasks.get(task_id) or await self.in_store(self._store.task, task_id)
+        except DamageError as error:  # of an experiment that has ended: no reason to end, nor to let the silo forget
+            self._say(self._log.error, "a result stays unanswered", silo=silo_id, task=task_id, reason=str(error))
+            return
         settle = settlement(task, silo_id, task_id)
         self._due.append(lambda: self._actions.settle(settle, self.presence))
 
@@ -330,7 +338,7 @@ class Orchestrator:
             self._changes.events.append(changed(new))
         if old is None or old.state is not new.state:
             log = self._log.warning if new.state is ExperimentState.FAILED else self._log.info
-            log("experiment", experiment=new.experiment_id, state=new.state.value, message=new.message)
+            self._say(log, "experiment", experiment=new.experiment_id, state=new.state.value, message=new.message)
 
     def _begin_tasks(self, active: Active, round_: rounds.Round) -> None:
         name = active.experiment.experiment_id
@@ -358,7 +366,8 @@ class Orchestrator:
         name = active.experiment.experiment_id
         self._changes.events.append(SiloSetAside(name, aside.silo_id, aside.until_round, aside.message))
         until, reason = aside.until_round, aside.message
-        self._log.warning("silo set aside", silo=aside.silo_id, experiment=name, until_round=until, reason=reason)
+        said = {"silo": aside.silo_id, "experiment": name, "until_round": until, "reason": reason}
+        self._say(self._log.warning, "silo set aside", **said)
         self._due.append(self._metrics.set_aside.inc)
 
     def _count_round(self, event: RoundClosed) -> None:

@@ -29,7 +29,7 @@ from fedrt.experiment_file import load_experiment
 from fedrt.method import ModelDims, parse_hyperparameters
 from fedrt.methods import BUILT_IN
 from fedrt.metrics import CoordinatorMetrics, SiloMetrics
-from fedrt.session import connection, frames
+from fedrt.session import allowance, connection, frames
 from fedrt.task import RefusalReason, Verdict
 from fedrt.tensors import Scope, of_scope
 from silo.config import load_silo_config
@@ -130,7 +130,9 @@ def test_the_limits_are_those_of_the_code() -> None:
         "limit": "value",
         "bytes of a chunk": str(payload.CHUNK_BYTES),
         "bytes of a gRPC message": str(transport.MAX_MESSAGE_BYTES),
+        "bytes of a message from a silo": str(transport.MAX_REQUEST_BYTES),
         "open payloads of one speaker": str(connection.MAX_OPEN_PAYLOADS),
+        "offers without a reply": str(connection.MAX_OPEN_OFFERS),
         "tensors of a payload": str(payload.MAX_TENSORS),
         "metrics of a result": str(wire.MAX_METRICS),
         "characters of an id": str(frames.MAX_ID_LENGTH),
@@ -139,6 +141,8 @@ def test_the_limits_are_those_of_the_code() -> None:
         "names in a list of `Hello`": str(frames.MAX_NAMES),
         "characters of a name": str(payload.MAX_NAME_LENGTH),
         "frames a peer may leave unread": str(transport.MAX_POSTED_FRAMES),
+        "frames that nobody asked for, in a burst": f"{allowance.FRAME_BURST:.0f}",
+        "of these, each second": f"{allowance.FRAME_RATE:.0f}",
     }
 
 

@@ -24,9 +24,10 @@ _FILE = re.compile(r"round-([0-9]+)\.safetensors")
 class Vault:
     """A private directory with one for each experiment in it, which holds a file for each of its latest rounds."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, kept_rounds: int = KEPT_ROUNDS) -> None:
         ensure_private_directory(directory)
         self._directory = directory
+        self._kept_rounds = kept_rounds
         for name in _names(directory):
             remove_unfinished(directory / name)
 
@@ -66,7 +67,7 @@ class Vault:
         for later in [number for number in rounds if number > round_number]:
             remove_durably(directory / _name(later))
         kept = sorted({round_number, *(number for number in rounds if number < round_number)})
-        for old in kept[:-KEPT_ROUNDS]:
+        for old in kept[: -self._kept_rounds]:
             remove_durably(directory / _name(old))
 
     def _check_place(self) -> None:

@@ -27,7 +27,8 @@ from silo.agent import Agent
 from silo.checkpoint_directory import CheckpointDirectory
 from silo.config import SiloConfig, check_files, data_source, feature_source, model_source
 from silo.departures import Departures
-from silo.link import Dialling, Link
+from silo.dialling import Dialling
+from silo.link import Link
 from silo.policy import Policy
 from silo.presence import Presence
 from silo.spool import Spool

@@ -4,7 +4,6 @@ import asyncio
 import enum
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import grpc
@@ -33,7 +32,7 @@ from fedrt.session.frames import (
     Welcome,
 )
 from fedrt.task import RefusalReason, Result
-from fedrt.tls import IdentityFiles, channel_credentials, explain_handshake_failure
+from fedrt.tls import channel_credentials, explain_handshake_failure
 from fedrt.transport import GRPC_OPTIONS, SilenceError, StreamEndedError, Transport
 from fedrt.v1 import session_service_pb2_grpc
 from silo import ledger as ledgers
@@ -41,15 +40,9 @@ from silo.agent import Agent, OfferArrived, SessionDown, SessionUp, TensorsArriv
 from silo.backoff import Backoff
 from silo.complaint import Complaint
 from silo.departures import Departures
+from silo.dialling import ANSWER_LIMIT, DIAL_OPTIONS, Dialling, unreadable
 from silo.work import WorkerReport
 
-ANSWER_LIMIT = 10.0  # seconds from dialling to the coordinator's first frame
-DIAL_OPTIONS = (
-    ("grpc.enable_retries", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # an attempt of an earlier channel, or its waiting time, is not taken over
-    # closing a channel does not end its attempt to connect, which takes up to 20 seconds by default
-    ("grpc.min_reconnect_backoff_ms", round(950 * ANSWER_LIMIT)),
-)
 _REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 
 
@@ -59,18 +52,6 @@ class Ended(enum.Enum):
     SERVED = "served"
     TURNED_AWAY = "turned away"  # the coordinator has no room for us or for our results now
     UNANSWERED = "unanswered"
-
-
-@dataclass(frozen=True)
-class Dialling:
-    """Where the coordinator is, who we are, and how long to wait between attempts (seconds)."""
-
-    address: str
-    server_name: str | None
-    files: IdentityFiles
-    federation: str | None
-    initial_delay: float
-    max_delay: float
 
 
 class CoordinatorSession:
@@ -206,18 +187,15 @@ class Link:
 
     async def _one_session(self, first: bool) -> Ended:
         """Dial and pump until the session ends."""
-        settings = self._dialling
-        expected = Expectation(IdentityRole.SILO, settings.federation)
-        options: list[tuple[str, int | str]] = [*GRPC_OPTIONS, *DIAL_OPTIONS]
-        if settings.server_name is not None:
-            options.append(("grpc.ssl_target_name_override", settings.server_name))
-        credentials = channel_credentials(settings.files, expected)
-        async with grpc.aio.secure_channel(settings.address, credentials, options) as channel:
+        if (problem := unreadable(self._dialling.files)) is not None:
+            self._complain(problem, "IDENTITY_UNREADABLE")
+            self.on_disconnected(problem)
+            return Ended.UNANSWERED
+        async with self._channel() as channel:
             call = session_service_pb2_grpc.SessionServiceStub(channel).OpenSession()
-            transport = Transport(Role.SILO, call, self._sent)
-            session = CoordinatorSession(transport, self._agent, self._metrics)
+            session = CoordinatorSession(Transport(Role.SILO, call, self._sent), self._agent, self._metrics)
             self._session = session
-            transport.post(
+            session.transport.post(
                 Hello(
                     software_version=fedrt.__version__,
                     methods=self._report.methods,
@@ -227,32 +205,46 @@ class Link:
                     capabilities=OURS,
                 )
             )
-            why = "the coordinator ended the session"
             try:
-                async with asyncio.timeout(ANSWER_LIMIT) as answer:
-                    await transport.run(lambda frame: self._on_frame(session, frame, first, answer))
-                if not self._finished.is_set():
-                    self._log.info("session ended by the coordinator")
-            except grpc.aio.AioRpcError as error:
-                why = error.details() or ""
-                why = self._explain(error, session.welcomed)
-                self._complain(why, error.code().name)
-                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                    return Ended.TURNED_AWAY
-            except TimeoutError:
-                why = f"the coordinator does not answer: nothing within {ANSWER_LIMIT:g} seconds of dialling"
-                self._complain(why, "TIME_LIMIT")
-            except (RemoteProtocolError, SilenceError, StreamEndedError) as error:
-                why = str(error)
-                self._complain(why, type(error).__name__)
+                return await self._pump(session, first)
             finally:
                 self._session = None
                 self._metrics.connected.set(0)
                 self._agent.submit(SessionDown(session))
-                if not self._finished.is_set():
-                    self.on_disconnected(why)
                 call.cancel()
-        return Ended.SERVED if session.welcomed else Ended.UNANSWERED
+
+    def _channel(self) -> grpc.aio.Channel:
+        """Raises `IdentityError` if our files are not fit for use."""
+        settings = self._dialling
+        options: list[tuple[str, int | str]] = [*GRPC_OPTIONS, *DIAL_OPTIONS]
+        if settings.server_name is not None:
+            options.append(("grpc.ssl_target_name_override", settings.server_name))
+        credentials = channel_credentials(settings.files, Expectation(IdentityRole.SILO, settings.federation))
+        return grpc.aio.secure_channel(settings.address, credentials, options)
+
+    async def _pump(self, session: CoordinatorSession, first: bool) -> Ended:
+        """Until the session has ended; says why. Raises `IdentityError` if the next one would end in the same way."""
+        ended, why, status = None, "the coordinator ended the session", ""
+        try:
+            async with asyncio.timeout(ANSWER_LIMIT) as answer:
+                await session.transport.run(lambda frame: self._on_frame(session, frame, first, answer))
+        except grpc.aio.AioRpcError as error:
+            why, status = self._explain(error, session.welcomed), error.code().name
+            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                ended = Ended.TURNED_AWAY
+        except TimeoutError:
+            why = f"the coordinator does not answer: nothing within {ANSWER_LIMIT:g} seconds of dialling"
+            status = "TIME_LIMIT"
+        except (RemoteProtocolError, SilenceError, StreamEndedError) as error:
+            why, status = str(error), type(error).__name__
+        if status:
+            self._complain(why, status)
+        elif not self._finished.is_set():
+            self._log.info("session ended by the coordinator")
+        self._metrics.connected.set(0)
+        if not self._finished.is_set():
+            self.on_disconnected(why)
+        return ended or (Ended.SERVED if session.welcomed else Ended.UNANSWERED)
 
     def _on_frame(self, session: CoordinatorSession, frame: Frame, first: bool, answer: asyncio.Timeout) -> None:
         if isinstance(frame, Welcome):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import structlog
 
-from fedrt.errors import StorageError
+from fedrt.errors import DamageError, StorageError
 from fedrt.metrics import SiloMetrics
 from fedrt.task import Task, TaskKind
 from fedrt.tensors import Tensors
@@ -23,7 +23,7 @@ DISK_RETRY_DELAY = 2.0  # seconds between attempts while the disk refuses
 
 
 class Stores:
-    """A silo's spool, vault and checkpoints, for one caller at a time."""
+    """A silo's spool, vault and checkpoints, for one writer and one reader at a time."""
 
     def __init__(self, spool: Spool, vault: Vault, checkpoints: CheckpointDirectory, metrics: SiloMetrics) -> None:
         self._spool = spool
@@ -31,7 +31,7 @@ class Stores:
         self._checkpoints = checkpoints
         self._metrics = metrics
         self._log = structlog.get_logger("silo")
-        self._complaint = Complaint()
+        self._writing, self._reading = Complaint(), Complaint()
 
     async def undelivered(self) -> list[Spooled]:
         """The results that an earlier run of the daemon left. Raises `StorageError` if the spool cannot be read."""
@@ -42,10 +42,22 @@ class Stores:
         return str(self._checkpoints.path(task.task_id)) if task.kind is TaskKind.TRAIN else ""
 
     async def private(self, task: Task) -> Tensors:
-        """The private tensors that a task begins from. Raises `StorageError`."""
+        """The private tensors that a task begins from, once the disk can be read. Raises `DamageError`."""
         # an evaluation of a round follows its training; training begins from what was accepted before
         before = task.round_number + (task.kind is TaskKind.EVALUATE)
-        return await asyncio.to_thread(self._vault.load, task.experiment_id, before)
+        while True:
+            try:
+                found = await asyncio.to_thread(self._vault.load, task.experiment_id, before)
+            except DamageError:
+                raise
+            except StorageError as error:
+                if self._reading.is_due(str(error)):
+                    self._log.error("work does not begin until the disk can be read", reason=str(error))
+                await asyncio.sleep(DISK_RETRY_DELAY)
+                continue
+            if self._reading.end():
+                self._log.info("the disk can be read again")
+            return found
 
     async def keep(self, spooled: Spooled) -> None:
         """Return once the result is durable; its checkpoint is then of no more use."""
@@ -81,11 +93,11 @@ class Stores:
             try:
                 await asyncio.to_thread(write)
             except StorageError as error:
-                if self._complaint.is_due(str(error)):
+                if self._writing.is_due(str(error)):
                     self._log.error("nothing is sent until the disk accepts writes", reason=str(error))
                 await asyncio.sleep(DISK_RETRY_DELAY)
                 continue
-            if self._complaint.end():
+            if self._writing.end():
                 self._log.info("the disk accepts writes again")
             return
 

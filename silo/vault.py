@@ -24,16 +24,17 @@ _FILE = re.compile(r"round-([0-9]+)\.safetensors")
 class Vault:
     """A private directory with one for each experiment in it, which holds a file for each of its latest rounds."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, kept_rounds: int = KEPT_ROUNDS) -> None:
         ensure_private_directory(directory)
         self._directory = directory
+        self._kept_rounds = kept_rounds
         for name in _names(directory):
             remove_unfinished(directory / name)
 
     def load(self, experiment_id: str, before_round: int) -> Tensors:
         """The private tensors of the latest accepted round before this one, empty if there is none.
 
-        Raises `DamageError` if the file is damaged, and `StorageError` if it is no longer kept or cannot be read.
+        Raises `DamageError` if the file is damaged or no longer kept, and `StorageError` if it cannot be read now.
         """
         self._check_place()
         directory = self._directory_of(experiment_id)
@@ -42,7 +43,7 @@ class Vault:
         if earlier:
             return _read(directory, max(earlier))[0]
         if rounds and not _read(directory, min(rounds))[1]:
-            raise StorageError(
+            raise DamageError(
                 f"private tensors of '{experiment_id}' before round {before_round} are no longer kept in '{directory}'"
                 f" (the oldest are of round {min(rounds)}); restore the directory from a backup, or create the"
                 " experiment anew"
@@ -66,7 +67,7 @@ class Vault:
         for later in [number for number in rounds if number > round_number]:
             remove_durably(directory / _name(later))
         kept = sorted({round_number, *(number for number in rounds if number < round_number)})
-        for old in kept[:-KEPT_ROUNDS]:
+        for old in kept[: -self._kept_rounds]:
             remove_durably(directory / _name(old))
 
     def _check_place(self) -> None:

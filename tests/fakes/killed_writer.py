@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from fedrt.task import Success, TaskKind
-from silo import vault as vaults
 from silo.spool import Spool, Spooled
 from silo.vault import Vault
 
@@ -31,8 +30,7 @@ def spooled(index: int) -> Spooled:
 
 
 def open_stores(directory: Path) -> tuple[Spool, Vault]:
-    vaults.KEPT_ROUNDS = 2
-    return Spool(directory / "spool"), Vault(directory / "vault")
+    return Spool(directory / "spool"), Vault(directory / "vault", kept_rounds=2)
 
 
 def settle(spool: Spool, vault: Vault, result: Spooled) -> None:

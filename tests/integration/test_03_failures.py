@@ -25,7 +25,8 @@ from fedrt.v1 import experiment_pb2
 from fedrt.v1 import session_service_pb2 as session_pb
 from fedrt.v1 import task_pb2 as task_pb
 from silo import departures
-from silo.link import Dialling, Ended, Link
+from silo.dialling import Dialling
+from silo.link import Ended, Link
 from silo.spool import Spool, Spooled
 from silo.tensor_files import read_tensors
 from silo.work import WorkOrder, WorkOutcome

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from silo.clip import weights_sha256
 from silo.sources import ModelSource
 from tests.cli.processes import Manager, instant_silo, managed
 from tests.fakes.black_hole import BlackHole
-from tests.fakes.federation import Federation, make_spec
+from tests.fakes.federation import Federation, free_port, make_spec
 from tests.fakes.workers import FakeWorker
 from tests.integration.conftest import Logs
 from tests.integration.following import State, Watch, connected
@@ -72,6 +73,30 @@ async def test_a_dial_into_a_black_hole_is_given_up_and_made_again(
         await federation.stop()
 
 
+async def test_an_identity_that_cannot_be_read_for_a_while_does_not_end_a_silo(
+    federation: Federation, logs: Logs
+) -> None:
+    """A mount that is gone, say; what the files say wrong is another matter, and does."""
+    coordinator = federation.start_coordinator()
+    silo = federation.start_silo("north", FakeWorker())
+    watch = Watch(federation)
+    await watch.until(connected("north"), LIMIT)
+    identity = federation.directory / "certs/silos/north"
+    identity.rename(federation.directory / "elsewhere")
+    await coordinator.stop()
+
+    def told() -> bool:
+        return any(e["event"] == "session lost" and e["status"] == "IDENTITY_UNREADABLE" for e in logs)
+
+    await until(told)
+    federation.start_coordinator()
+    assert not silo.task.done()
+    (federation.directory / "elsewhere").rename(identity)
+    await federation.create("served", make_spec(1, ("north",)))
+    assert (await federation.finish("served", LIMIT))[0].state == State.STATE_SUCCEEDED
+    await federation.stop()
+
+
 # ---- two daemons
 
 
@@ -99,8 +124,14 @@ async def test_of_two_daemons_with_one_identity_the_newer_serves_and_the_older_s
 
 
 async def test_the_status_of_the_service_says_since_when_there_is_no_session_and_why(federation: Federation) -> None:
-    coordinator = federation.start_coordinator()
-    with instant_silo(federation.directory, federation.silo_yaml("north")) as silo:
+    coordinator, port = federation.start_coordinator(), free_port()
+    config = federation.silo_yaml("north", f"metrics: {{listen: '127.0.0.1:{port}'}}\n")
+
+    def is_connected() -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=LIMIT) as response:
+            return "\nfedrt_silo_connected 1.0\n" in response.read().decode()
+
+    with instant_silo(federation.directory, config) as silo:
 
         async def next_status(beginning: str) -> str:
             while True:
@@ -111,10 +142,13 @@ async def test_the_status_of_the_service_says_since_when_there_is_no_session_and
 
         ready = await next_status("connected to localhost:")
         assert ready.startswith("READY=1\n")
+        assert await asyncio.to_thread(is_connected)
         await coordinator.stop()
         assert " UTC: " in await next_status("not connected since ")
+        assert not await asyncio.to_thread(is_connected)
         federation.start_coordinator()
         assert "READY=1" not in await next_status("connected to localhost:")
+        assert await asyncio.to_thread(is_connected)
         silo.signal(signal.SIGTERM)
         assert await asyncio.to_thread(silo.end) == 0
     await federation.stop()
@@ -222,11 +256,15 @@ class Disk:
 
 @pytest.mark.skipif(not mounts_work(), reason="needs root and mount namespaces")
 @pytest.mark.parametrize(
-    ("how", "reason"),
-    [("full", "the disk is full"), ("read-only", "is read-only"), ("gone", "no such file or directory")],
+    ("how", "complaint", "reason"),
+    [
+        ("full", "nothing is sent until the disk accepts writes", "the disk is full"),
+        ("read-only", "nothing is sent until the disk accepts writes", "is read-only"),
+        ("gone", "work does not begin until the disk can be read", "mount it again"),
+    ],
 )
 async def test_a_lost_disk_holds_results_back_and_its_return_needs_no_restart(
-    federation: Federation, how: str, reason: str
+    federation: Federation, how: str, complaint: str, reason: str
 ) -> None:
     federation.start_coordinator()
     config = federation.silo_yaml("north")
@@ -237,7 +275,6 @@ async def test_a_lost_disk_holds_results_back_and_its_return_needs_no_restart(
     daemon = (sys.executable, "-m", "tests.fakes.instant_silo", config)
     # a private tree: a mount below a shared one cannot be moved
     command = ("unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", place, *daemon)
-    complaint = "nothing is sent until the disk accepts writes"
     with managed(federation.directory, *command) as silo:
         await asyncio.to_thread(silo.hear, "READY=1")
         disk = Disk(place, silo)
@@ -248,6 +285,8 @@ async def test_a_lost_disk_holds_results_back_and_its_return_needs_no_restart(
         assert (await federation.experiment("cramped")).state == State.STATE_RUNNING
         disk.mend(how)
         assert (await federation.finish("cramped", LIMIT))[0].state == State.STATE_SUCCEEDED
+        left = (disk.seen / "departures.jsonl").read_text()
+        assert left.count('"TaskResult"') == 4  # three rounds and the evaluation, also while the disk was lost
         silo.signal(signal.SIGTERM)
         assert await asyncio.to_thread(silo.end) == 0
     assert silo.stderr.count(complaint) == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from fedrt.errors import FailureReason, PayloadError, StorageError, WorkError
 from fedrt.methods.promptfl import PromptFL
@@ -18,7 +19,7 @@ from fedrt.metrics import SiloMetrics
 from fedrt.payload import describe
 from fedrt.session.frames import HeldState
 from fedrt.task import Failure, RefusalReason, Result, Success, Task, TaskKind, Verdict
-from fedrt.tensors import Normal, Scope, TensorSpec, schema_sha256
+from fedrt.tensors import Normal, Scope, Tensors, TensorSpec, schema_sha256
 from silo.agent import Agent, OfferArrived, SessionDown, SessionUp, TensorsArrived
 from silo.checkpoint_directory import CheckpointDirectory
 from silo.ledger import CancelArrived, DrainOrdered, Reply, VerdictArrived
@@ -325,6 +326,38 @@ async def test_damaged_private_tensors_fail_the_task_without_telling_where_they_
     file.write_bytes(b"rubbish")
     result, _ = await site.do(offered(round_number=2))
     assert result.outcome == Failure(FailureReason.INTERNAL, "DamageError at the silo; see its log")
+    assert site.worker.orders == []
+
+
+async def test_private_tensors_that_cannot_be_read_now_are_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch):
+    """A mount that is gone for a while, say: the round's attempts are not used up on it."""
+    monkeypatch.setattr("silo.stores.DISK_RETRY_DELAY", 0.01)
+    site.vault.promote("e1", 1, {"own": np.ones(3, np.float32)})
+    attempts, load = 0, site.vault.load
+
+    def gone_for_a_while(experiment_id: str, before_round: int) -> Tensors:
+        nonlocal attempts
+        attempts += 1
+        if attempts <= 3:
+            raise StorageError("the vault is gone; mount it again")
+        return load(experiment_id, before_round)
+
+    monkeypatch.setattr(site.vault, "load", gone_for_a_while)
+    with capture_logs() as logs:
+        result, _ = await site.do(offered(round_number=2))
+    assert isinstance(result.outcome, Success)
+    assert site.worker.orders[0].private["own"].tolist() == [1, 1, 1]
+    told = [entry["event"] for entry in logs if "disk" in entry["event"]]
+    assert told == ["work does not begin until the disk can be read", "the disk can be read again"]
+
+
+async def test_private_tensors_are_not_waited_for_beyond_the_time_limit(site: Site, monkeypatch: pytest.MonkeyPatch):
+    def gone(experiment_id: str, before_round: int) -> Tensors:
+        raise StorageError("the vault is gone; mount it again")
+
+    monkeypatch.setattr(site.vault, "load", gone)
+    result, _ = await site.do(offered(time_limit=0.1))
+    assert result.outcome.reason is FailureReason.TIME_LIMIT
     assert site.worker.orders == []
 
 

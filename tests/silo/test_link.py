@@ -11,7 +11,8 @@ from fedrt.session.frames import MAX_TEXT_LENGTH, Hello, UnreadableOffer, Welcom
 from fedrt.task import RefusalReason
 from fedrt.tls import IdentityFiles, explain_handshake_failure
 from fedrt.transport import Transport
-from silo.link import ANSWER_LIMIT, DIAL_OPTIONS, CoordinatorSession
+from silo.dialling import ANSWER_LIMIT, DIAL_OPTIONS
+from silo.link import CoordinatorSession
 
 
 class Silent:

@@ -88,11 +88,11 @@ def test_the_latest_rounds_are_kept_and_what_is_not_kept_is_not_taken_for_nothin
     assert len(files(tmp_path)) == KEPT_ROUNDS
     assert held(vault, before_round=3) == 2
     for before_round in (1, 2):
-        with pytest.raises(StorageError, match=rf"'e' before round {before_round} are no longer kept in .*of round 2"):
+        with pytest.raises(DamageError, match=rf"'e' before round {before_round} are no longer kept in .*of round 2"):
             vault.load("e", before_round)
     vault.promote("e", 2, number(20))  # the oldest again: it does not become the first
     assert len(files(tmp_path)) == 1
-    with pytest.raises(StorageError, match="no longer kept"):
+    with pytest.raises(DamageError, match="no longer kept"):
         vault.load("e", 2)
 
 
@@ -102,7 +102,7 @@ def test_the_oldest_round_promoted_again_over_damage_does_not_become_the_first(t
         vault.promote("e", round_number, number(round_number))
     files(tmp_path)[0].write_bytes(b"")
     vault.promote("e", 2, number(2))
-    with pytest.raises(StorageError, match="no longer kept"):
+    with pytest.raises(DamageError, match="no longer kept"):
         vault.load("e", 2)
 
 
@@ -162,6 +162,19 @@ def test_a_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path:
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(StorageError, match="permission denied"):
         vault.load("e", 2)
+
+
+def test_a_vault_that_is_gone_is_neither_taken_for_an_empty_one_nor_made_anew(tmp_path: Path):
+    vault = Vault(tmp_path / "vault")
+    vault.promote("e", 1, OWN)
+    (tmp_path / "vault").rename(tmp_path / "elsewhere")  # as a mount that is lost
+    with pytest.raises(StorageError, match="is gone; mount it again"):
+        vault.load("e", 2)
+    with pytest.raises(StorageError, match="is gone; mount it again"):
+        vault.promote("e", 2, OWN)
+    assert not (tmp_path / "vault").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "vault")
+    assert same(vault.load("e", 2), OWN)
 
 
 def test_what_a_killed_promotion_left_behind_is_cleared_away_at_the_next_start(tmp_path: Path):

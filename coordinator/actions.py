@@ -15,6 +15,7 @@ from coordinator.inbox import AggregationFailed, Message, RoundAggregated
 from coordinator.presence import Presence
 from coordinator.records import Checkpoint, TaskRecord, TensorsRef
 from coordinator.store import Store
+from fedrt.complaint import Complaint
 from fedrt.errors import DamageError, FedrtError, StorageError
 from fedrt.metrics import CoordinatorMetrics
 from fedrt.payload import Manifest
@@ -145,13 +146,15 @@ class Actions:
 
     async def _until_read(self, work: Callable[[], _T]) -> _T:
         """The outcome of work that reads the store, as soon as the disk allows it. `DamageError` says: never."""
+        refused = Complaint()
         while True:
             try:
                 return await asyncio.to_thread(work)
             except DamageError:
                 raise
             except StorageError as error:
-                self._log.error("a round waits for the disk", reason=str(error))
+                if refused.is_due(str(error)):
+                    self._log.error("a round waits for the disk", reason=str(error))
                 await asyncio.sleep(RETRY_READ_DELAY)
 
 

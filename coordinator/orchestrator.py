@@ -46,6 +46,7 @@ from coordinator.records import (
 )
 from coordinator.results import recorded, settlement
 from coordinator.store import Store
+from fedrt.complaint import Complaint
 from fedrt.errors import ConfigurationError, DamageError, SpecError, StorageError
 from fedrt.metrics import CoordinatorMetrics
 from fedrt.session.frames import Hello
@@ -70,6 +71,7 @@ class Orchestrator:
         self._actions = Actions(store, self._thread, metrics, self.submit, clock)
         self._changes = Changes()
         self._due: list[Action] = []
+        self._refused = Complaint()
         self._ticked = 0.0  # when time was last told to all experiments
         self.active = ActiveExperiments()
         self.presence = Presence()
@@ -154,11 +156,14 @@ class Orchestrator:
                 if self._changes:
                     with self._metrics.store_commit_duration.time():
                         await self.in_store(self._store.commit, self._changes)
+                if self._refused.end():
+                    self._log.info("the disk accepts writes again")
                 break
             except DamageError:
                 raise
             except StorageError as error:
-                self._log.error("nothing is acknowledged until the disk accepts writes", reason=str(error))
+                if self._refused.is_due(str(error)):
+                    self._log.error("nothing is acknowledged until the disk accepts writes", reason=str(error))
                 self.active, self.presence = before
                 await asyncio.sleep(RETRY_COMMIT_DELAY)
         for experiment_id in self.active.drop_ended():

@@ -11,6 +11,7 @@ import structlog
 
 import fedrt
 from fedrt.certificates import Expectation
+from fedrt.complaint import Complaint
 from fedrt.errors import IdentityError, PayloadError, RemoteProtocolError
 from fedrt.identity import Role as IdentityRole
 from fedrt.metrics import SiloMetrics
@@ -38,7 +39,6 @@ from fedrt.v1 import session_service_pb2_grpc
 from silo import ledger as ledgers
 from silo.agent import Agent, OfferArrived, SessionDown, SessionUp, TensorsArrived
 from silo.backoff import Backoff
-from silo.complaint import Complaint
 from silo.departures import Departures
 from silo.dialling import ANSWER_LIMIT, DIAL_OPTIONS, Dialling, unreadable
 from silo.work import WorkerReport

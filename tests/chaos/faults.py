@@ -209,7 +209,7 @@ class Faults:
         await proxy.mend()
 
     async def _late(self, fault: Fault) -> bool:
-        """A silo's result is under way while its round, which another silo has lost, closes: it comes too late."""
+        """A result is under way while its round, which another silo has lost, closes and is tried again."""
         proxy, daemon = self.proxies[fault.target], self.daemons[fault.target]
         other = self.daemons[self.chance.choice([s for s in self.layout.numpy_silos if s != fault.target])]
         proxy.delay(LATENCY, 0.0)

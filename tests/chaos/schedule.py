@@ -36,7 +36,7 @@ class Kind(enum.Enum):
     FORGOTTEN = "black hole that forgets"
     RESET = "reset in the middle of a message"
     PARTITION = "partition of all silos"
-    LATE = "result that comes too late"
+    LATE = "lost round with a result under way"
     DISK_NO_SPACE = "disk refuses (ENOSPC)"
     DISK_READ_ONLY = "disk refuses (EROFS)"
     DISK_FULL = "disk full"

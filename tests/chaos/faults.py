@@ -114,7 +114,7 @@ class Faults:
                 await self._kill(daemon)
             case Kind.DRAIN if daemon is not None:
                 await daemon.running()
-                daemon.send(signal.SIGTERM)
+                daemon.drain()
             case Kind.STOP if daemon is not None:
                 await _stopped(await daemon.running(), fault.duration)
 
@@ -159,9 +159,9 @@ class Faults:
             case Occasion.START:
                 daemon.send(signal.SIGKILL)
             case Occasion.DRAIN:
-                daemon.send(signal.SIGTERM)
+                daemon.drain()
             case Occasion.PEER_DRAIN:
-                self.daemons[other].send(signal.SIGTERM)
+                self.daemons[other].drain()
             case Occasion.CUT:
                 self.proxies[other if target == COORDINATOR else target].cut()
             case Occasion.CREATE:

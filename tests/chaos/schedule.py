@@ -60,6 +60,14 @@ TELLING = (
     (Role.COORDINATOR, "commit before"),
     (Role.SILO, "spool put after"),
 )  # what a run begins with: here the bits are lost first if they are
+BETWEEN = (
+    (Kind.DISK_NO_SPACE, COORDINATOR),
+    (Kind.KILL_WORKER, ""),
+    (Kind.LATE, ""),
+    (Kind.KILL, COORDINATOR),
+    (Kind.BLACK_HOLE, ""),
+    (Kind.DISK_NO_SPACE, ""),
+)  # after every second of them; at a silo where no daemon is named
 
 
 @dataclass(frozen=True)
@@ -119,9 +127,8 @@ class Deck:
         for index, place in enumerate(TELLING):
             yield replace(self._at_point(known[place]), linger=LINGER, count=self._chance.randint(1, 2))
             if index % 2:
-                yield self._of_kind(
-                    (Kind.LATE, Kind.KILL_WORKER, Kind.DISK_NO_SPACE, Kind.KILL, Kind.BLACK_HOLE, Kind.LATE)[index // 2]
-                )
+                kind, target = BETWEEN[index // 2]
+                yield replace(self._of_kind(kind), target=target or self._silo(), duration=2 * SILENCE_LIMIT)
 
     def _cycle(self) -> list[Fault]:
         here = [point for role in Role for point in points(role)]

@@ -24,6 +24,7 @@ from tests.chaos.schedule import Fault, Kind
 POINT_LIMIT = 12.0  # seconds until a point that was not reached is given up, for now
 OCCASION_INTERVAL = 4.0  # seconds after which its occasion is made again
 LATENCY = 0.5 * SILENCE_LIMIT  # seconds
+WORK_LIMIT = 5.0  # seconds until a worker is struck although it does not train
 TAIL_BYTES = 4096
 POLL = 0.02  # seconds
 REFUSALS = {Kind.DISK_NO_SPACE: "ENOSPC", Kind.DISK_READ_ONLY: "EROFS"}
@@ -123,6 +124,9 @@ class Faults:
         daemon.send(signal.SIGKILL)
 
     async def _signal_worker(self, fault: Fault) -> bool:
+        deadline = time.monotonic() + WORK_LIMIT
+        while not training(self.layout.log(fault.target)) and time.monotonic() < deadline:  # noqa: ASYNC110  # a log
+            await asyncio.sleep(POLL)
         pid = await self.daemons[fault.target].worker()
         if pid is None:
             return False
@@ -239,7 +243,8 @@ class Faults:
                 await asyncio.to_thread(namespace.free, directory)
             return
         flag = self.layout.control(fault.target) / "disk"
-        flag.with_suffix(".new").write_text(REFUSALS[fault.kind])
+        point = f" #{fault.point.name}" if fault.point else ""
+        flag.with_suffix(".new").write_text(REFUSALS[fault.kind] + point)
         flag.with_suffix(".new").rename(flag)
         try:
             await asyncio.sleep(fault.duration)

@@ -4,6 +4,7 @@ import asyncio
 import random
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -266,7 +267,7 @@ class Run:
             return
         for name in [*self.layout.silos, COORDINATOR]:
             code = await daemons[name].stop()
-            if code != 0:
+            if code not in (0, -signal.SIGTERM):  # the latter if it had only just been started again
                 self.problems.append(f"{name} ended with {code} when it was asked to stop")
         deadline = time.monotonic() + ORPHAN_LIMIT
         while marked(self.mark) and time.monotonic() < deadline:  # noqa: ASYNC110  # no event tells of their end

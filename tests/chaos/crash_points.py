@@ -11,7 +11,6 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from coordinator.records import Changes
@@ -101,7 +100,6 @@ COORDINATOR = (
     *(Wrapped(f"statefile {step}", place, Occasion.LARGE) for step, place in _STATEFILE),
 )
 SILO = (
-    Wrapped("save", "safetensors.numpy:save_file"),
     Wrapped("spool put", "silo.spool:Spool.put", only=_with_private),
     Wrapped("spool remove", "silo.spool:Spool.remove"),
     Wrapped("spool load", "silo.spool:Spool.load", Occasion.START),
@@ -147,7 +145,6 @@ FROM_COORDINATOR = {
     "Drain": Occasion.DRAIN,
 }
 WRITE_MIDDLE = "statefile write middle"
-SAVE_MIDDLE = "save middle"
 COMMIT = "commit"
 
 
@@ -165,8 +162,6 @@ def _named(role: Role) -> Iterator[tuple[str, Occasion]]:
             yield "statefile fsync directory before", wrapped.occasion
             yield "statefile fsync directory after", wrapped.occasion
     yield WRITE_MIDDLE, Occasion.LARGE if role is Role.COORDINATOR else Occasion.WORK
-    if role is Role.SILO:
-        yield SAVE_MIDDLE, Occasion.WORK
     if role is Role.COORDINATOR:
         yield f"{COMMIT} before", Occasion.WORK
         yield f"{COMMIT} after", Occasion.WORK
@@ -224,12 +219,6 @@ def _around(function: Callable[..., Any], wrapped: Wrapped, hooks: Hooks) -> Cal
             function(path, memoryview(content)[: len(content) // 2])
             hooks.passage(WRITE_MIDDLE)
         done = function(*arguments, **named)
-        if wrapped.name == "save" and hooks.is_armed(SAVE_MIDDLE):
-            _, path, *_ = arguments
-            shortened = Path(path).read_bytes()[: Path(path).stat().st_size // 2]
-            Path(path).write_bytes(shortened)
-            hooks.passage(SAVE_MIDDLE)
-            return function(*arguments, **named)
         hooks.passage(f"{name} after")
         return done
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from tests.chaos.crash_points import SAVE_MIDDLE, CrashPoint, Occasion, Role, points
+from tests.chaos.crash_points import WRITE_MIDDLE, CrashPoint, Occasion, Role, points
 from tests.chaos.layout import COORDINATOR, SILENCE_LIMIT, Layout
 
 REFUSING = (
@@ -58,7 +58,7 @@ TELLING = (
     (Role.SILO, "promote before"),
     (Role.SILO, "promote after"),
     (Role.COORDINATOR, "aggregation after"),
-    (Role.SILO, SAVE_MIDDLE),
+    (Role.SILO, WRITE_MIDDLE),
     (Role.COORDINATOR, "effects before"),
     (Role.SILO, "receive ResultAck before"),
     (Role.COORDINATOR, "commit before"),

@@ -47,7 +47,6 @@ def test_every_place_is_in_the_product(wrapped: Wrapped) -> None:
         *crash_points.TRANSPORT,
         *refusing_disk.WRITING,
         *refusing_disk.SILO_WRITING,
-        refusing_disk.SILO_SAVING,
         refusing_disk.COORDINATOR_INTAKE,
         refusing_disk.CONNECT,
     ],

@@ -5,9 +5,11 @@ import contextlib
 import random
 from collections.abc import AsyncIterator
 
+import psutil
+
 from tests.chaos import clip_images, namespace
 from tests.chaos.layout import Layout, quiet_ports
-from tests.chaos.processes import Daemon, make_daemons
+from tests.chaos.processes import Daemon, make_daemons, marked
 from tests.chaos.proxy import FaultyProxy
 from tests.chaos.watching import Watcher
 
@@ -44,3 +46,6 @@ async def federation(
             await asyncio.gather(watching, return_exceptions=True)
             for daemon in daemons.values():
                 await daemon.kill()
+            for process in marked(mark):  # orphans of a broken product, already counted
+                with contextlib.suppress(psutil.Error):
+                    process.kill()

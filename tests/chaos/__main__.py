@@ -12,7 +12,9 @@ import logging
 import secrets
 import signal
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 
 def main(no_disks: str) -> int:
@@ -35,7 +37,11 @@ def main(no_disks: str) -> int:
     if no_disks:
         print(f"full disks are simulated only: {no_disks}", file=sys.stderr)
     plan = Plan(options.minutes, seed, options.clip, tuple(options.specs.split(",")), options.keep)
-    report = asyncio.run(_interruptible(chaos(plan, has_disks=not no_disks)))
+    try:
+        report = asyncio.run(_interruptible(chaos(plan, has_disks=not no_disks)))
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        print("interrupted; no process is left", file=sys.stderr)
+        return 130
     text = json.dumps(report, indent=2)
     print(text)
     if options.json is not None:
@@ -47,7 +53,7 @@ def main(no_disks: str) -> int:
     return 1 if report["problems"] else 0
 
 
-async def _interruptible(work):
+async def _interruptible(work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
     """Also SIGTERM ends the run in order, so that no process is left."""
     task = asyncio.ensure_future(work)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)

@@ -24,6 +24,7 @@ from tests.chaos.schedule import Fault, Kind
 POINT_LIMIT = 12.0  # seconds until a point that was not reached is given up, for now
 OCCASION_INTERVAL = 4.0  # seconds after which its occasion is made again
 LATENCY = 0.5 * SILENCE_LIMIT  # seconds
+WORK_LIMIT = 5.0  # seconds until a worker is struck although it does not train
 TAIL_BYTES = 4096
 POLL = 0.02  # seconds
 REFUSALS = {Kind.DISK_NO_SPACE: "ENOSPC", Kind.DISK_READ_ONLY: "EROFS"}
@@ -114,7 +115,7 @@ class Faults:
                 await self._kill(daemon)
             case Kind.DRAIN if daemon is not None:
                 await daemon.running()
-                daemon.send(signal.SIGTERM)
+                daemon.drain()
             case Kind.STOP if daemon is not None:
                 await _stopped(await daemon.running(), fault.duration)
 
@@ -123,6 +124,9 @@ class Faults:
         daemon.send(signal.SIGKILL)
 
     async def _signal_worker(self, fault: Fault) -> bool:
+        deadline = time.monotonic() + WORK_LIMIT
+        while not training(self.layout.log(fault.target)) and time.monotonic() < deadline:  # noqa: ASYNC110  # a log
+            await asyncio.sleep(POLL)
         pid = await self.daemons[fault.target].worker()
         if pid is None:
             return False
@@ -159,9 +163,9 @@ class Faults:
             case Occasion.START:
                 daemon.send(signal.SIGKILL)
             case Occasion.DRAIN:
-                daemon.send(signal.SIGTERM)
+                daemon.drain()
             case Occasion.PEER_DRAIN:
-                self.daemons[other].send(signal.SIGTERM)
+                self.daemons[other].drain()
             case Occasion.CUT:
                 self.proxies[other if target == COORDINATOR else target].cut()
             case Occasion.CREATE:
@@ -209,7 +213,7 @@ class Faults:
         await proxy.mend()
 
     async def _late(self, fault: Fault) -> bool:
-        """A silo's result is under way while its round, which another silo has lost, closes: it comes too late."""
+        """A result is under way while its round, which another silo has lost, closes and is tried again."""
         proxy, daemon = self.proxies[fault.target], self.daemons[fault.target]
         other = self.daemons[self.chance.choice([s for s in self.layout.numpy_silos if s != fault.target])]
         proxy.delay(LATENCY, 0.0)
@@ -239,7 +243,8 @@ class Faults:
                 await asyncio.to_thread(namespace.free, directory)
             return
         flag = self.layout.control(fault.target) / "disk"
-        flag.with_suffix(".new").write_text(REFUSALS[fault.kind])
+        point = f" #{fault.point.name}" if fault.point else ""
+        flag.with_suffix(".new").write_text(REFUSALS[fault.kind] + point)
         flag.with_suffix(".new").rename(flag)
         try:
             await asyncio.sleep(fault.duration)

@@ -4,7 +4,8 @@ The runner writes these files into the daemon's control directory, also while th
 * `armed` holds `<point> #<count> <linger> <token>`: at the count-th passage of the point the process notes the token in
   `hit` and kills itself with SIGKILL, so that nothing of Python or of C libraries is run any more. Before, the thread
   waits for `linger` seconds, as on a slow disk: what other threads do too early then has time to leave the process.
-* `disk` holds `ENOSPC` or `EROFS`: every write to the state directory fails with it until the file is gone.
+* `disk` holds `ENOSPC` or `EROFS`: every write to the state directory fails with it until the file is gone. With
+  ` #<point>` behind, only from the next passage of that point on.
 """
 
 import errno
@@ -29,6 +30,7 @@ class Hooks:
         self.state = state
         self._lock = threading.Lock()
         self._token = ""
+        self._passed = ""  # the point from which on the disk refuses
         self._count = 0
 
     @classmethod
@@ -38,6 +40,8 @@ class Hooks:
 
     def passage(self, point: str) -> None:
         """The process is at this point; it may be its last one."""
+        if point == _read(self._disk).partition(" #")[2]:
+            self._passed = point
         linger = self._due(point)
         if linger is not None:
             time.sleep(linger)
@@ -69,7 +73,11 @@ class Hooks:
     @property
     def refusal(self) -> OSError | None:
         """What a write to the disk fails with now."""
-        name = _read(self._disk).strip()
+        name, _, point = _read(self._disk).partition(" #")
+        if not name:
+            self._passed = ""
+        if point and self._passed != point:
+            return None
         number = getattr(errno, name) if name else 0
         return OSError(number, os.strerror(number)) if name else None
 

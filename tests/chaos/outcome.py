@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedrt.task import TaskKind
 from fedrt.v1 import task_pb2
 from tests.chaos.experiments import Expected
 from tests.chaos.faults import Struck
+from tests.chaos.layout import COORDINATOR, Layout
+from tests.chaos.schedule import Kind
 from tests.chaos.watching import History, State
 
 TRAIN = getattr(task_pb2, f"TASK_KIND_{TaskKind.TRAIN.name}")
@@ -60,7 +63,7 @@ def stalls(struck: Iterable[Struck], histories: Iterable[History]) -> dict[str, 
     longest: dict[str, dict[str, float]] = {}
     for one in faults:
         name = one.fault.kind.value
-        if one.fault.target == "coordinator" or one.fault.point is not None:
+        if one.fault.target == "coordinator" or one.fault.kind is Kind.CRASH_POINT:
             name = f"{name} ({'coordinator' if one.fault.target == 'coordinator' else 'silo'})"
         entry = longest.setdefault(name, {"count": 0, "longest": 0.0})
         entry["count"] += 1
@@ -74,3 +77,14 @@ def stalls(struck: Iterable[Struck], histories: Iterable[History]) -> dict[str, 
             if one.alone:
                 entry["longest_alone"] = max(entry.get("longest_alone", 0.0), following - end)
     return {name: {key: round(value, 2) for key, value in entry.items()} for name, entry in sorted(longest.items())}
+
+
+def leftovers(layout: Layout) -> list[Path]:
+    """Files that no daemon needs any more."""
+    state = layout.root / "state"
+    return [
+        *state.rglob(".*.new"),
+        *(state / COORDINATOR / "blobs" / "intake").glob("*"),
+        *layout.root.glob("*.sock"),
+        *state.glob("*/spool/*"),
+    ]

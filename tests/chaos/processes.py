@@ -33,6 +33,7 @@ class Daemon:
     wanted: bool = True
     process: asyncio.subprocess.Process | None = None
     exits: list[tuple[float, int]] = field(default_factory=list)  # time and exit code, below 0 a signal
+    is_draining: bool = False
     started: asyncio.Event = field(default_factory=asyncio.Event)
     _keeper: asyncio.Task[None] | None = None
 
@@ -52,6 +53,12 @@ class Daemon:
         if self.process is not None and self.process.returncode is None:
             self.process.send_signal(number)
 
+    def drain(self) -> None:
+        """Ask it to stop in order, if it runs; once only in each life, for a second time would end it at once."""
+        if not self.is_draining:
+            self.is_draining = True
+            self.send(signal.SIGTERM)
+
     async def worker(self) -> int | None:
         """The process id of its worker, if it has one now."""
         if self.process is None:
@@ -64,7 +71,7 @@ class Daemon:
     async def stop(self) -> int | None:
         """End it in order; returns its exit code, or None if it had to be killed."""
         self.wanted = False
-        self.send(signal.SIGTERM)
+        self.drain()
         assert self._keeper is not None
         done, _ = await asyncio.wait({self._keeper}, timeout=PATIENCE)
         if not done:
@@ -88,6 +95,7 @@ class Daemon:
                 self.process = await asyncio.create_subprocess_exec(
                     *self.command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment
                 )
+            self.is_draining = False
             self.started.set()
             code = await self.process.wait()
             self.started.clear()

@@ -5,14 +5,11 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
 from tests.chaos.crash_points import COMMIT, Role, find
 from tests.chaos.hooks import Hooks
 
 WRITING = ("fedrt.statefile:_create", "fedrt.statefile:_fill", "fedrt.statefile:_sync", "pathlib:Path.replace")
 SILO_WRITING = ("silo.departures:append",)
-SILO_SAVING = "safetensors.numpy:save_file"
 COORDINATOR_INTAKE = "coordinator.intake:Intake.write"
 CONNECT = "sqlite3.dbapi2:connect"  # what the coordinator's database driver calls
 
@@ -22,9 +19,7 @@ def install(role: Role, hooks: Hooks) -> None:
     for place in (*WRITING, *(SILO_WRITING if role is Role.SILO else ())):
         _refuse(place, hooks)
     _refuse_removal(hooks)
-    if role is Role.SILO:
-        _refuse_saving(hooks)
-    else:
+    if role is Role.COORDINATOR:
         _refuse_intake(hooks)
         _wrap_database(hooks)
 
@@ -53,18 +48,6 @@ def _refuse_removal(hooks: Hooks) -> None:
         unlink(self, missing_ok)
 
     Path.unlink = call  # type: ignore[method-assign]
-
-
-def _refuse_saving(hooks: Hooks) -> None:
-    owner, name, function = find(SILO_SAVING)
-
-    @functools.wraps(function)
-    def call(*arguments: Any, **named: Any) -> Any:
-        if (refusal := hooks.refusal) is not None:
-            raise safetensors.SafetensorError(f"Error while serializing: I/O error: {refusal.strerror}")
-        return function(*arguments, **named)
-
-    setattr(owner, name, call)
 
 
 def _refuse_intake(hooks: Hooks) -> None:

@@ -1,14 +1,14 @@
 """One chaos run: an undisturbed pass that says what to expect, then faults, then the comparison."""
 
 import asyncio
-import contextlib
 import random
 import secrets
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from tests.chaos import clip_images, namespace
 from tests.chaos.account import process_states, write_account
 from tests.chaos.experiments import Expected, alone, clip_spec, digest_of, latest_private, numpy_specs, vault_digest
 from tests.chaos.faults import Faults
-from tests.chaos.layout import COORDINATOR, Layout, quiet_ports
-from tests.chaos.outcome import Found, objections
+from tests.chaos.federation import federation
+from tests.chaos.layout import COORDINATOR, Layout
+from tests.chaos.outcome import Found, leftovers, objections
 from tests.chaos.pool import Pool, submit
-from tests.chaos.processes import STAYS_DOWN, Daemon, make_daemons, marked, orphans
-from tests.chaos.proxy import FaultyProxy
+from tests.chaos.processes import STAYS_DOWN, Daemon, marked, orphans
 from tests.chaos.report import make_report
 from tests.chaos.schedule import Deck, Fault, Kind
-from tests.chaos.watching import History, Watcher
+from tests.chaos.watching import History
 
 NUMPY_SILOS = ("north", "south", "west")
 CLIP_SILOS = ("clinic-a", "clinic-b")
@@ -72,7 +72,7 @@ class Run:
     async def perform(self) -> dict[str, Any]:
         """Run; returns the report."""
         begin, chance = time.monotonic(), random.Random(self.plan.seed)
-        async with self._federation(chance) as (daemons, proxies, watcher):
+        async with federation(self.layout, self.has_disks, self.mark, chance) as (daemons, proxies, watcher):
             self.watcher, self.daemons = watcher, daemons
             specs = self._specs()
             self.pool = Pool(watcher, specs, random.Random(chance.random()))
@@ -88,38 +88,6 @@ class Run:
         return make_report(self, time.monotonic() - begin)
 
     # ---- the parts
-
-    @contextlib.asynccontextmanager
-    async def _federation(
-        self, chance: random.Random
-    ) -> AsyncIterator[tuple[dict[str, Daemon], dict[str, FaultyProxy], Watcher]]:
-        silos = self.layout.silos
-        port, *proxy_ports = quiet_ports(1 + len(silos))
-        self.layout.prepare(port, dict(zip(silos, proxy_ports, strict=True)))
-        for name in self.layout.daemons if self.has_disks else ():
-            if problem := namespace.mount_disk(self.layout.state(name)):
-                raise OSError(problem)
-        for silo in self.layout.clip_silos:
-            clip_images.write(self.layout.images(silo), silo)
-        daemons = make_daemons(self.layout, self.mark, chance)
-        watcher = Watcher(self.layout.admin_socket)
-        async with contextlib.AsyncExitStack() as stack:
-            proxies = {
-                silo: await stack.enter_async_context(
-                    FaultyProxy(port, proxy_port, random.Random(chance.random())).started()
-                )
-                for silo, proxy_port in zip(silos, proxy_ports, strict=True)
-            }
-            watching = asyncio.create_task(watcher.run())
-            try:
-                for daemon in daemons.values():
-                    daemon.begin()
-                yield daemons, proxies, watcher
-            finally:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
-                for daemon in daemons.values():
-                    await daemon.kill()
 
     def _specs(self) -> dict[str, ExperimentSpec]:
         every = numpy_specs(self.layout.numpy_silos)
@@ -299,7 +267,7 @@ class Run:
             return
         for name in [*self.layout.silos, COORDINATOR]:
             code = await daemons[name].stop()
-            if code != 0:
+            if code not in (0, -signal.SIGTERM):  # the latter if it had only just been started again
                 self.problems.append(f"{name} ended with {code} when it was asked to stop")
         deadline = time.monotonic() + ORPHAN_LIMIT
         while marked(self.mark) and time.monotonic() < deadline:  # noqa: ASYNC110  # no event tells of their end
@@ -307,29 +275,23 @@ class Run:
         self.orphans_seen = len(marked(self.mark))
         if self.orphans_seen:
             self.problems.append(f"processes are left: {[process.pid for process in marked(self.mark)]}")
-        self.problems += [f"left behind: {path}" for path in self.leftovers()]
-
-    def leftovers(self) -> list[Path]:
-        """Files that no daemon needs any more."""
-        state = self.layout.root / "state"
-        return [
-            *state.rglob(".*.new"),
-            *(state / COORDINATOR / "blobs" / "intake").glob("*"),
-            *self.layout.root.glob("*.sock"),
-            *state.glob("*/spool/*"),
-        ]
+        self.problems += [f"left behind: {path}" for path in leftovers(self.layout)]
 
 
 async def chaos(plan: Plan, has_disks: bool) -> dict[str, Any]:
     """Run in a new temporary directory, which stays, with an account of everything, if anything is wrong."""
     layout = Layout(Path(tempfile.mkdtemp(prefix="chaos-")), NUMPY_SILOS, CLIP_SILOS if plan.with_clip else ())
-    run, is_worth_keeping = Run(plan, layout, has_disks), False
+    run, is_worth_keeping = Run(plan, layout, has_disks), True
+    print(f"chaos in {layout.root}", file=sys.stderr)
     try:
         report = await run.perform()
-        if report["problems"] or plan.keep:
-            is_worth_keeping = True
+        is_worth_keeping = bool(report["problems"]) or plan.keep
+        if is_worth_keeping:
             report["account"] = str(layout.root)
             write_account(run, report)
+    except asyncio.CancelledError:
+        is_worth_keeping = False
+        raise
     finally:
         for name in layout.daemons if has_disks else ():
             namespace.unmount_disk(layout.state(name))

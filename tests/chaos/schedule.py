@@ -6,9 +6,13 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from tests.chaos.crash_points import CrashPoint, Occasion, Role, points
+from tests.chaos.crash_points import WRITE_MIDDLE, CrashPoint, Occasion, Role, points
 from tests.chaos.layout import COORDINATOR, SILENCE_LIMIT, Layout
 
+REFUSING = (
+    "spool put before",
+    "commit of results before",
+)  # where a disk that refuses does most harm: silo, coordinator
 LATE_DURATION = 8.0  # seconds: several attempts
 LINGER = 0.3  # seconds: as long as a commit to a slow disk
 MEAN_GAP = 0.5  # seconds between the beginnings of two faults
@@ -36,7 +40,7 @@ class Kind(enum.Enum):
     FORGOTTEN = "black hole that forgets"
     RESET = "reset in the middle of a message"
     PARTITION = "partition of all silos"
-    LATE = "result that comes too late"
+    LATE = "lost round with a result under way"
     DISK_NO_SPACE = "disk refuses (ENOSPC)"
     DISK_READ_ONLY = "disk refuses (EROFS)"
     DISK_FULL = "disk full"
@@ -54,12 +58,20 @@ TELLING = (
     (Role.SILO, "promote before"),
     (Role.SILO, "promote after"),
     (Role.COORDINATOR, "aggregation after"),
-    (Role.SILO, "statefile write middle"),
+    (Role.SILO, WRITE_MIDDLE),
     (Role.COORDINATOR, "effects before"),
     (Role.SILO, "receive ResultAck before"),
     (Role.COORDINATOR, "commit before"),
     (Role.SILO, "spool put after"),
 )  # what a run begins with: here the bits are lost first if they are
+BETWEEN = (
+    (Kind.DISK_NO_SPACE, COORDINATOR),
+    (Kind.KILL_WORKER, ""),
+    (Kind.LATE, ""),
+    (Kind.KILL, COORDINATOR),
+    (Kind.BLACK_HOLE, ""),
+    (Kind.DISK_NO_SPACE, ""),
+)  # after every second of them; at a silo where no daemon is named
 
 
 @dataclass(frozen=True)
@@ -104,8 +116,8 @@ class Deck:
 
     def one_of_each(self) -> list[Fault]:
         """Every kind once, at the coordinator and at a silo where it can strike either, and a few points; shuffled."""
-        faults = [replace(self._of_kind(kind), target=self._silo()) for kind in self._kinds if kind not in EVERYBODY]
-        faults += [replace(self._of_kind(kind), target=COORDINATOR) for kind in self._kinds if kind in ANY_DAEMON]
+        faults = [self._of_kind(kind, self._silo()) for kind in self._kinds if kind not in EVERYBODY]
+        faults += [self._of_kind(kind, COORDINATOR) for kind in self._kinds if kind in ANY_DAEMON]
         faults += [self._of_kind(kind) for kind in self._kinds if kind in EVERYBODY]
         self._chance.shuffle(faults)
         return faults
@@ -119,9 +131,8 @@ class Deck:
         for index, place in enumerate(TELLING):
             yield replace(self._at_point(known[place]), linger=LINGER, count=self._chance.randint(1, 2))
             if index % 2:
-                yield self._of_kind(
-                    (Kind.LATE, Kind.KILL_WORKER, Kind.DISK_NO_SPACE, Kind.KILL, Kind.BLACK_HOLE, Kind.LATE)[index // 2]
-                )
+                kind, target = BETWEEN[index // 2]
+                yield replace(self._of_kind(kind, target or self._silo()), duration=2 * SILENCE_LIMIT)
 
     def _cycle(self) -> list[Fault]:
         here = [point for role in Role for point in points(role)]
@@ -141,16 +152,17 @@ class Deck:
     def _silo(self) -> str:
         return self._chance.choice(self._layout.numpy_silos)
 
-    def _of_kind(self, kind: Kind) -> Fault:
+    def _of_kind(self, kind: Kind, target: str = "") -> Fault:
         chance = self._chance
         if kind in EVERYBODY:
             target = "all"
-        elif kind in ANY_DAEMON and chance.random() < 0.4:
+        elif kind in ANY_DAEMON and not target and chance.random() < 0.4:
             target = COORDINATOR
-        else:
-            target = chance.choice(self._layout.silos)
+        target = target or chance.choice(self._layout.silos)
         longest = {Kind.FORGOTTEN: 2.0, Kind.KILL_AGAIN: 1.5}.get(kind, 2.5 * SILENCE_LIMIT)
         amount = {Kind.DELAY: chance.uniform(0.02, 0.4), Kind.THROTTLE: 10 ** chance.uniform(3.7, 6)}.get(kind, 0.0)
-        return Fault(
-            kind, target, duration=LATE_DURATION if kind is Kind.LATE else chance.uniform(0.2, longest), amount=amount
-        )
+        duration = LATE_DURATION if kind is Kind.LATE else chance.uniform(0.2, longest)
+        point = None
+        if kind in (Kind.DISK_NO_SPACE, Kind.DISK_READ_ONLY) and chance.random() < 0.7:
+            point = next(one for role in Role for one in points(role) if one.name == REFUSING[target == COORDINATOR])
+        return Fault(kind, target, duration=duration, point=point, amount=amount)

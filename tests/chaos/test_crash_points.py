@@ -1,6 +1,7 @@
 """The table of crash points fits the product, and an armed point kills exactly there and then."""
 
 import asyncio
+import errno
 import inspect
 import os
 import signal
@@ -46,7 +47,6 @@ def test_every_place_is_in_the_product(wrapped: Wrapped) -> None:
         *crash_points.TRANSPORT,
         *refusing_disk.WRITING,
         *refusing_disk.SILO_WRITING,
-        refusing_disk.SILO_SAVING,
         refusing_disk.COORDINATOR_INTAKE,
         refusing_disk.CONNECT,
     ],
@@ -124,6 +124,22 @@ def test_a_disk_that_refuses_is_what_the_product_knows(tmp_path: Path, name: str
     code, _, content, stderr = write(tmp_path, disk=name)
     assert (code, content) == (1, b"old")
     assert words in stderr
+
+
+def test_a_disk_can_refuse_from_a_point_on(tmp_path: Path) -> None:
+    hooks = Hooks(tmp_path, tmp_path)
+    (tmp_path / "disk").write_text("ENOSPC #spool put before")
+    assert hooks.refusal is None
+    hooks.passage("spool put after")
+    assert hooks.refusal is None
+    hooks.passage("spool put before")
+    refusal = hooks.refusal
+    assert refusal is not None
+    assert refusal.errno == errno.ENOSPC
+    (tmp_path / "disk").unlink()
+    assert hooks.refusal is None
+    (tmp_path / "disk").write_text("EROFS #spool put before")
+    assert hooks.refusal is None  # each time from the next passage on
 
 
 async def test_asynchronous_functions_have_points_too(tmp_path: Path) -> None:

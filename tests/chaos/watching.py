@@ -44,7 +44,7 @@ class History:
 
 
 class Watcher:
-    """Follows all events. `news` is rung and replaced with each one."""
+    """Follows all events. `news` is rung and replaced with each one; `last_news` is when an experiment moved."""
 
     def __init__(self, socket: Path) -> None:
         self._target = LocalSocket(socket)
@@ -65,7 +65,7 @@ class Watcher:
                 await asyncio.sleep(RETRY_DELAY)
 
     async def until(self, condition: Callable[[], bool], patience: float) -> bool:
-        """Wait until the events say so; false if there has been no news for that many seconds meanwhile."""
+        """Wait until the events say so; false if no experiment has moved for that many seconds meanwhile."""
         self.last_news = time.monotonic()
         while not condition():
             try:
@@ -98,7 +98,8 @@ class Watcher:
             case "silo_changed":
                 silo = event.silo_changed.silo
                 (self.connected.add if silo.connected else self.connected.discard)(silo.silo_id)
-        self.last_news = time.monotonic()
+        if event.WhichOneof("kind") != "silo_changed":  # a silo that comes and goes for ever is no progress
+            self.last_news = time.monotonic()
         self.news.set()
         self.news = asyncio.Event()
 

@@ -33,6 +33,7 @@ from silo.partition.sections import Dealing, PartitionSection
 
 _S = TypeVar("_S", bound=BaseModel)
 _ANY_DIMS = ModelDims(context_dim=8, feature_dim=8, class_count=2)
+_LATER_ROUNDS = ("over_selection", "set_aside_after", "set_aside_rounds")  # that the first cells had not
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,8 @@ def _cell(lab: LabFile, setting: SettingSection, label: str, entry: LabMethod, c
         "label": label,
         "method": {"name": entry.method.name, **json.loads(hyperparameters_json(declared))},
     }
-    former = {"training": _training(training), "rounds": rounds.model_dump(mode="json"), "every": every}
-    decisive = former | {"rounds": rounds.model_dump(mode="json", exclude={"time_limit", "retries"})}
+    former = {"training": _training(training), "rounds": _rounds(rounds, set()), "every": every}
+    decisive = former | {"rounds": _rounds(rounds, {"time_limit", "retries"})}
     return Cell(
         setting=common["setting"],
         label=label,
@@ -231,6 +232,13 @@ def _cell(lab: LabFile, setting: SettingSection, label: str, entry: LabMethod, c
         rounds=rounds,
         every=every,
     )
+
+
+def _rounds(rounds: RoundsSection, excluded: set[str]) -> dict[str, Any]:
+    """Without later settings at their defaults, so that cells from before there were such settings keep their digest."""
+    fields = RoundsSection.model_fields
+    later = {name for name in _LATER_ROUNDS if getattr(rounds, name) == fields[name].default}
+    return rounds.model_dump(mode="json", exclude=excluded | later)
 
 
 def _training(training: TrainingSection) -> Any:

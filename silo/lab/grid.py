@@ -235,7 +235,7 @@ def _cell(lab: LabFile, setting: SettingSection, label: str, entry: LabMethod, c
 
 
 def _rounds(rounds: RoundsSection, excluded: set[str]) -> dict[str, Any]:
-    """Without later settings at their defaults, so that cells from before there were such settings keep their digest."""
+    """Without later settings at their defaults, so that the first cells keep their digest."""
     fields = RoundsSection.model_fields
     later = {name for name in _LATER_ROUNDS if getattr(rounds, name) == fields[name].default}
     return rounds.model_dump(mode="json", exclude=excluded | later)

@@ -188,7 +188,7 @@ class Federation:
         async with self.admin() as stub:
             return (await stub.GetExperiment(pb.GetExperimentRequest(experiment_id=name))).experiment
 
-    async def finish(self, name: str, limit: float = 30) -> tuple[experiment_pb2.Experiment, list[pb.RoundClosed]]:
+    async def finish(self, name: str, limit: float = 90) -> tuple[experiment_pb2.Experiment, list[pb.RoundClosed]]:
         """Wait until an experiment has ended; returns it and its rounds."""
         rounds: list[pb.RoundClosed] = []
         async with asyncio.timeout(limit):

@@ -18,7 +18,7 @@ from fedrt.v1 import task_pb2 as task_pb
 from fedrt.v1 import tensor_pb2 as tensor_pb
 
 METHOD = "/fedrt.v1.SessionService/OpenSession"
-LIMIT = 10.0  # seconds that anything may take
+LIMIT = 40.0  # seconds that anything may take
 SOON = (("grpc.initial_reconnect_backoff_ms", 20), ("grpc.max_reconnect_backoff_ms", 50))  # it may yet start
 FLOAT32 = tensor_pb.ELEMENT_TYPE_FLOAT32
 RUNNING, FINISHED = session_pb.HeldTask.STATE_RUNNING, session_pb.HeldTask.STATE_FINISHED

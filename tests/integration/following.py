@@ -22,7 +22,7 @@ class Watch:
     federation: Federation
     number: int = 0
 
-    async def until(self, wanted: Predicate, limit: float = 15) -> pb.Event:
+    async def until(self, wanted: Predicate, limit: float = 45) -> pb.Event:
         """The next event that is wanted."""
         async with asyncio.timeout(limit), contextlib.aclosing(self.federation.events(after=self.number)) as events:
             async for event in events:

@@ -169,7 +169,7 @@ async def test_07_events_have_no_gap_and_can_be_resumed_from_any_number(federati
                 if changed.experiment_id == "second" and changed.HasField("end_time"):
                     break
         for after in range(len(whole)):
-            async with asyncio.timeout(5), contextlib.aclosing(federation.events(after=after)) as events:
+            async with asyncio.timeout(30), contextlib.aclosing(federation.events(after=after)) as events:
                 assert await anext(events) == whole[after]
         async with contextlib.aclosing(federation.events("first")) as events:
             first = [await anext(events) for _ in range(sum("first" in str(event) for event in whole))]

@@ -87,7 +87,7 @@ def verdicts(logs: Logs, task_id: str) -> list[str]:
     return [entry["verdict"] for entry in logs if entry["event"] == "verdict" and entry["task"] == task_id]
 
 
-async def until(condition: Callable[[], bool], limit: float = 10) -> None:
+async def until(condition: Callable[[], bool], limit: float = 40) -> None:
     """For what announces itself nowhere."""
     async with asyncio.timeout(limit):
         while not condition():  # noqa: ASYNC110

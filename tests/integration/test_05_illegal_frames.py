@@ -116,7 +116,7 @@ async def test_03_a_refusal_whose_reason_is_of_a_later_version_is_a_refusal(fede
         offer = await raw.next("task_offer")
         refusal = task_pb.TaskRefusal(reason=99, message="the battery is low")  # proto: new values may be added
         await raw.send(task_reply=task_pb.TaskReply(task_id=offer.task_id, refusal=refusal))
-        experiment, _ = await federation.finish("unwanted", limit=5)
+        experiment, _ = await federation.finish("unwanted", limit=40)
     assert experiment.state == State.STATE_FAILED
     assert "the battery is low" in experiment.status_message
 

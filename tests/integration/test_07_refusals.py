@@ -275,7 +275,7 @@ async def test_14_a_bug_in_a_methods_aggregation_fails_the_experiment_instead_of
     federation.start_coordinator()
     federation.start_silo("north", FakeWorker())
     await federation.create("buggy", make_spec(1, ("north",), on_too_few=OnTooFew.FAIL))
-    experiment, _ = await federation.finish("buggy", limit=5)
+    experiment, _ = await federation.finish("buggy", limit=40)
     assert experiment.state == State.STATE_FAILED
     assert "KeyError" in experiment.status_message
 
@@ -308,7 +308,7 @@ async def test_16_the_longest_names_that_are_allowed_work(tmp_path: Path) -> Non
     federation.start_silo(long, FakeWorker())
     try:
         await federation.create("e" * 63, make_spec(2, (long,)))
-        finished = asyncio.create_task(federation.finish("e" * 63, limit=10))
+        finished = asyncio.create_task(federation.finish("e" * 63, limit=40))
         await asyncio.wait({finished, coordinator.task}, return_when=asyncio.FIRST_COMPLETED)
         if coordinator.task.done():
             finished.cancel()

@@ -31,7 +31,7 @@ from silo.work import WorkOrder, WorkOutcome
 from tests.fakes.workers import FakeWorker, failing, report
 from tests.samples import DIGEST, task
 
-LIMIT = 5.0
+LIMIT = 30.0
 SHARED = {"context": np.zeros((2, 8), np.float32)}
 
 

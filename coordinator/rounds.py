@@ -308,7 +308,7 @@ def _refuse(round_: Round, task_id: str, reason: RefusalReason, message: str, no
     if reason is RefusalReason.BUSY:
         return _with_ask(round_, replace(ask, reoffer_time=now + REOFFER_DELAY)), ()
     text = f"refused ({reason.value}): {message}"
-    return _decide(_with_ask(round_, replace(ask, state=AskState.ABSENT, message=text)), now)
+    return _decide(_with_ask(round_, replace(ask, state=AskState.ABSENT, message=text, reoffer_time=None)), now)
 
 
 def _tick(round_: Round, now: float) -> tuple[Round, Effects]:

@@ -192,17 +192,11 @@ def _begin_stage(experiment: Experiment, population: Population, now: float) -> 
     if experiment.round is not None:
         return experiment, ()
     spec, stage = experiment.spec, experiment.stage
-    kept = frozenset(ask.silo_id for ask in stage.kept)
-    again = stage.failed if stage.kind is TaskKind.TRAIN else frozenset()
-    there = Population(population.known, population.available | kept | again)  # a retry waits for nobody to connect
-    overdue = now >= experiment.stage_time + spec.rounds.time_limit
-    aside = {name: why for name, why in conduct.aside(experiment.conducts, stage.number).items() if name not in kept}
-    if stage.kind is TaskKind.INITIALIZE:
-        aside = dict.fromkeys(stage.failed, "failed to initialize")
-    match select(spec.rounds, there, Occasion(stage.kind, (spec.seed, stage.number, stage.attempt), overdue, aside)):
+    match _selected(experiment, population, now):
         case Waiting(message):
             return replace(experiment, message=message), ()
         case Selection(asked, needed, absent, enough):
+            kept = frozenset(ask.silo_id for ask in stage.kept)
             new = [name for name in asked if name not in kept][: len(asked) - len(kept)]
             asks = tuple(_new_ask(experiment, name, now) for name in new)
             round_ = Round(
@@ -219,6 +213,27 @@ def _begin_stage(experiment: Experiment, population: Population, now: float) -> 
             )
             begun = replace(experiment, state=ExperimentState.RUNNING, message="", round=round_)
             return begun, rounds.open_offers(round_)
+
+
+def _selected(experiment: Experiment, population: Population, now: float) -> Selection | Waiting:
+    spec, stage = experiment.spec, experiment.stage
+    kept = frozenset(ask.silo_id for ask in stage.kept)
+    again = stage.failed if stage.kind is TaskKind.TRAIN else frozenset()
+    there = Population(population.known, population.available | kept | again)  # a retry waits for nobody to connect
+    overdue = bool(kept) or now >= experiment.stage_time + spec.rounds.time_limit
+    aside = {name: why for name, why in conduct.aside(experiment.conducts, stage.number).items() if name not in kept}
+    if stage.kind is TaskKind.INITIALIZE:
+        aside = dict.fromkeys(stage.failed, "failed to initialize")
+    occasion = Occasion(stage.kind, (spec.seed, stage.number, stage.attempt), overdue, aside)
+    selected = select(spec.rounds, there, occasion)
+    if isinstance(selected, Selection) or not (kept or again):
+        return selected
+    # Silos that came and left while the round was under way would make it wait, and let go of the work it keeps.
+    selected = select(spec.rounds, Population(there.available, there.available), occasion)
+    if isinstance(selected, Waiting) or spec.rounds.silos:
+        return selected
+    gone = tuple((name, "not connected") for name in population.known - there.available)
+    return replace(selected, absent=tuple(sorted((*selected.absent, *gone))))
 
 
 def _new_ask(experiment: Experiment, silo_id: str, now: float) -> Ask:

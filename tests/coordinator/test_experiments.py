@@ -274,6 +274,36 @@ def test_a_silo_that_is_away_excuses_an_attempt_but_not_one_in_which_another_fai
     assert experiment.state is ExperimentState.FAILED
 
 
+PAIR = Population(frozenset({"north", "south"}), frozenset({"north", "south"}))
+
+
+def test_a_retry_does_not_wait_for_a_silo_that_came_and_left_meanwhile():
+    """Or what others are at would be cancelled, and thrown away when it comes."""
+    spec = experiment_spec(every=0, on_too_few=OnTooFew.RETRY, retries=1)
+    experiment, _ = step(create("e1", spec, "", 0.0), SilosChanged(), PAIR, 0.0)
+    experiment, _ = step(experiment, ResultStored("e1/1/train/north"), PAIR, 1.0)
+    visited = Population(EVERYBODY, PAIR.available)
+    again, effects = step(experiment, Tick(), visited, 100.0)
+    assert {ask.task_id: ask.state.value for ask in again.round.asks} == {
+        "e1/1/train/north": "returned",
+        "e1/1/train/south": "offered",
+    }
+    assert not any(isinstance(effect, Cancel) for effect in effects)
+    assert again.round.absent == (("west", "not connected"),)
+    assert step(again, ResultStored("e1/1/train/south"), visited, 101.0)[0].round.phase is RoundPhase.AGGREGATING
+
+
+def test_an_evaluation_that_is_tried_again_keeps_what_is_under_way_and_waits_for_nobody():
+    spec = experiment_spec(on_too_few=OnTooFew.RETRY, retries=1)
+    experiment, _ = step(create("e1", spec, "", 0.0), SilosChanged(), PAIR, 0.0)
+    experiment, _ = step(experiment, ResultFailed("e1/0/evaluate/south", "broken"), PAIR, 1.0)
+    only_north = Population(PAIR.known, frozenset({"north"}))
+    again, effects = step(experiment, Tick(), only_north, 100.0)
+    assert [(ask.task_id, ask.state) for ask in again.round.asks] == [("e1/0/evaluate/north", AskState.OFFERED)]
+    assert not any(isinstance(effect, Cancel) for effect in effects)
+    assert again.round.absent == (("south", "not connected"),)
+
+
 def test_an_initialization_that_nobody_answers_is_given_to_another_silo_and_cancelled():
     for seed in range(10):
         spec = experiment_spec(hyperparameters=FROM_WORDS, seed=seed, on_too_few=OnTooFew.RETRY, retries=1)

@@ -50,6 +50,7 @@ class Stage:
 
     `kept` are the asks of an earlier attempt that returned or are still open: they count, and their silos are not asked
     again. So each silo contributes once to a round, and its private tensors advance once. `failed` are the others.
+    `late` are those kept whose lateness has used up a retry: if they fail at last, that uses up no other.
     """
 
     kind: TaskKind
@@ -58,6 +59,7 @@ class Stage:
     kept: tuple[Ask, ...] = ()
     retries: int = 0
     failed: frozenset[str] = frozenset()
+    late: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -272,14 +274,16 @@ def _next_attempt(experiment: Experiment, round_: Round) -> Stage | None:
     """What follows a round with too few results; None if it may not be tried again."""
     stage, policy = experiment.stage, experiment.spec.rounds
     failed = frozenset(ask.silo_id for ask in round_.asks if ask.state is AskState.ABSENT and not rounds.given_up(ask))
-    excused = not failed and any(ask.away for ask in round_.asks)
+    late = frozenset(ask.silo_id for ask in round_.asks if rounds.is_late(ask))
+    excused = failed <= stage.late if failed else any(ask.away for ask in round_.asks)
     retries = stage.retries if excused else stage.retries + 1
     if round_.message or policy.on_too_few is not OnTooFew.RETRY or retries > policy.retries:
         return None  # one that was withdrawn would end in the same way again
     kept = tuple(rounds.reopened(ask) for ask in round_.asks if ask.silo_id not in failed)
     if stage.kind is TaskKind.INITIALIZE:
-        kept = ()  # any silo computes the same tensors
-    return Stage(stage.kind, stage.number, round_.attempt + 1, kept, retries, failed)
+        kept, late = (), frozenset()  # any silo computes the same tensors
+    charged = late if retries > stage.retries else frozenset[str]()
+    return Stage(stage.kind, stage.number, round_.attempt + 1, kept, retries, failed, charged)
 
 
 def _why_failed(round_: Round) -> str:

@@ -248,6 +248,11 @@ def given_up(ask: Ask) -> bool:
     return ask.state is AskState.ABSENT and ask.message in (LATE, LOST)
 
 
+def is_late(ask: Ask) -> bool:
+    """Whether the silo was connected, and has not answered within the time limit."""
+    return ask.state is AskState.ABSENT and ask.message == LATE and not ask.away
+
+
 def reopened(ask: Ask) -> Ask:
     """The ask as the next attempt takes it over: it waits again for a silo that this one gave up."""
     return replace(ask, state=AskState.OFFERED, message="", away=False) if given_up(ask) else ask

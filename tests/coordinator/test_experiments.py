@@ -274,6 +274,39 @@ def test_a_silo_that_is_away_excuses_an_attempt_but_not_one_in_which_another_fai
     assert experiment.state is ExperimentState.FAILED
 
 
+def test_a_silo_that_is_late_and_then_gives_up_uses_up_one_retry():
+    """It stops work at its own time limit, which it counts from the moment the offer arrived: just after ours."""
+    experiment, _ = begun(on_too_few=OnTooFew.RETRY, retries=2, silos=("north", "south"))
+    experiment, _ = step(experiment, ResultStored("e1/1/train/north"), ALL_THERE, 1.0)
+    now = 0.0
+    for number in (1, 2, 3):
+        (ask,) = (ask for ask in experiment.round.asks if ask.silo_id == "south")
+        now = experiment.round.deadline
+        experiment, _ = step(experiment, Tick(), ALL_THERE, now)
+        if number <= 2:
+            assert experiment.stage.retries == number
+            experiment, _ = step(experiment, ResultFailed(ask.task_id, "too long"), ALL_THERE, now + 0.1)
+            assert experiment.stage.retries == number
+            experiment, _ = step(experiment, Tick(), ALL_THERE, now + 20.0)
+    assert experiment.state is ExperimentState.FAILED
+
+
+def test_the_failure_of_a_silo_that_was_late_is_forgiven_once():
+    """Nor does it excuse the failure of another."""
+    experiment, _ = begun(on_too_few=OnTooFew.RETRY, retries=5, silos=("north", "south"))
+    late, _ = step(experiment, Tick(), ALL_THERE, 100.0)
+    assert (late.stage.retries, late.stage.late) == (1, frozenset({"north", "south"}))
+    failed, _ = step(late, ResultFailed("e1/1/train/south", "too long"), ALL_THERE, 101.0)
+    failed, _ = step(failed, Tick(), ALL_THERE, 101.0 + rounds.LOST_GRACE)
+    assert (failed.stage.retries, failed.stage.late) == (1, frozenset())
+    again, _ = step(failed, ResultFailed("e1/1/train/north", "too long"), ALL_THERE, 104.0)
+    again, _ = step(again, Tick(), ALL_THERE, 104.0 + rounds.LOST_GRACE)
+    assert again.stage.retries == 2
+    only_south = Population(ALL_THERE.known, frozenset({"south"}))
+    away, _ = step(experiment, Tick(), only_south, 100.0)
+    assert (away.stage.retries, away.stage.late) == (0, frozenset())
+
+
 PAIR = Population(frozenset({"north", "south"}), frozenset({"north", "south"}))
 
 

@@ -1,5 +1,6 @@
 """Tensor bytes by digest: small ones live in the database, large ones as files beside it. Nothing is ever rewritten."""
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -27,6 +28,12 @@ class Landed:
 
 
 Blob = memoryview | Landed
+
+
+def remove_arrival(path: Path) -> None:
+    """Remove a file that nobody takes over; if the disk refuses, the next start clears the directory it lies in."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def blob_size(blob: Blob) -> int:
@@ -78,7 +85,7 @@ class Blobs:
             path = self.path(digest)
             if digest in self._intact and path.exists():
                 if isinstance(blob, Landed):
-                    blob.path.unlink(missing_ok=True)
+                    remove_arrival(blob.path)
                 continue
             if isinstance(blob, Landed):
                 moved = not blob.path.exists()  # by an attempt that failed in the next moment
@@ -91,7 +98,7 @@ class Blobs:
         """The transaction that names the blobs is through; without it they are what nothing needs."""
         self._unsettled.clear()
         while self._taken_in:
-            self._taken_in.pop().unlink(missing_ok=True)
+            remove_arrival(self._taken_in.pop())
 
     def unsettled(self, digest: str) -> bool:
         """Whether a commit that was not through has put this large blob, and may be tried again."""

@@ -351,6 +351,23 @@ class TestBlobs:
         assert reopened().blob(ref) == data
         assert not (directory / "landing" / "arrival").exists()
 
+    def test_a_commit_that_is_through_has_not_failed_because_an_arrival_cannot_be_removed(self, store, directory):
+        """Or it would be tried again for ever: the bytes of another arrival of it are gone by then."""
+        ref, data = tensors(6)
+        stuck = landed(directory, data)
+        changes = Changes(blobs={ref.sha256: stuck}, events=[event()])
+        taken, store.blobs._bytes_of = store.blobs._bytes_of, lambda blob: (taken(blob), swap(stuck.path))[0]
+        store.commit(changes)
+        assert stuck.path.is_dir()
+        assert store.blob(ref) == data
+        assert len(store.events(0, "", 10)) == 1
+
+
+def swap(path):
+    """A directory in place of a file: it cannot be removed as a file is."""
+    path.unlink()
+    path.mkdir()
+
 
 class TestAtomicity:
     def spoilt(self):

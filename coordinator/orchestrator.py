@@ -9,6 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -46,7 +47,7 @@ from coordinator.records import (
 )
 from coordinator.results import recorded, settlement
 from coordinator.store import Store
-from fedrt.errors import ConfigurationError, DamageError, SpecError, StorageError
+from fedrt.errors import ConfigurationError, DamageError, FedrtError, SpecError, StorageError
 from fedrt.metrics import CoordinatorMetrics
 from fedrt.session.frames import Hello
 from fedrt.task import Verdict
@@ -282,7 +283,11 @@ class Orchestrator:
 
     async def _create(self, message: CreateOrdered, now: float) -> None:
         name, done = message.experiment_id, message.done
-        existing = await self.find(name)
+        try:
+            existing = await self.find(name)
+        except DamageError as error:
+            self._due.append(partial(_reject, done, error))
+            return
         if existing is not None:
             self._due.append(lambda: _resolve(done, existing, name))
             return
@@ -299,7 +304,11 @@ class Orchestrator:
         active = self.active.by_name.get(experiment_id)
         if active is not None:
             self._advance(active, experiments.CancelOrdered())
-        found = await self.find(experiment_id)
+        try:
+            found = await self.find(experiment_id)
+        except DamageError as error:  # of one that has ended: no reason to end the others
+            self._due.append(partial(_reject, done, error))
+            return
         self._due.append(lambda: _resolve(done, found, experiment_id))
 
     async def find(self, experiment_id: str) -> Experiment | None:
@@ -390,11 +399,16 @@ class Orchestrator:
                 self._changes.blobs[part.ref.sha256] = part.data
 
 
+def _reject(done: asyncio.Future[Experiment], error: FedrtError) -> None:
+    if not done.done():
+        done.set_exception(error)
+
+
 def _resolve(done: asyncio.Future[Experiment], experiment: Experiment | None, experiment_id: str) -> None:
     if done.done():
         return
     if experiment is None:
         message = f"experiment {experiment_id!r} does not exist; `fedrtctl list` shows those that do"
-        done.set_exception(SpecError(message))
+        _reject(done, SpecError(message))
     else:
         done.set_result(experiment)

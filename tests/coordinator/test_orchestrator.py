@@ -1,0 +1,87 @@
+"""The single writer with a real store and sessions that only note what they are told."""
+
+import asyncio
+import contextlib
+import sqlite3
+from dataclasses import dataclass, field
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from coordinator.combining import initial_shared
+from coordinator.inbox import CancelOrdered, CreateOrdered, SessionOpened
+from coordinator.orchestrator import Orchestrator
+from coordinator.store import FILE_NAME, Store
+from fedrt.errors import DamageError
+from fedrt.metrics import CoordinatorMetrics
+from fedrt.session.frames import HeldState, HeldTask, Hello
+from tests.samples import experiment_spec
+
+
+@dataclass
+class NotingSession:
+    """An open session that keeps what it is told to do."""
+
+    silo_id: str
+    told: list[tuple[str, ...]] = field(default_factory=list)
+
+    def offer(self, task, manifest, data):
+        self.told.append(("offer", task.task_id))
+
+    def settle(self, task_id, verdict, message):
+        self.told.append(("settle", task_id, verdict.value))
+
+    def cancel(self, task_id, message):
+        self.told.append(("cancel", task_id))
+
+    def replace(self):
+        self.told.append(("replace",))
+
+
+@pytest.fixture
+def store(tmp_path):
+    with contextlib.closing(Store(tmp_path / "state")) as store:
+        yield store
+
+
+@pytest.fixture
+async def orchestrator(store):
+    """One that runs. If it ends, what ended it is raised at the end of the test."""
+    made = Orchestrator(store, CoordinatorMetrics(CollectorRegistry()))
+    await made.recover()
+    running = asyncio.create_task(made.run())
+    yield made
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    await made.close()
+
+
+def opened(session, *running):
+    held = tuple(HeldTask(task_id, HeldState.RUNNING) for task_id in running)
+    return SessionOpened(session, Hello("1.0", held_tasks=held))
+
+
+def order(orchestrator, kind, *arguments):
+    """Submit an order; returns its future."""
+    done = asyncio.get_running_loop().create_future()
+    orchestrator.submit(kind(*arguments, done))
+    return done
+
+
+def create(orchestrator, name, spec):
+    return order(orchestrator, CreateOrdered, name, spec, initial_shared(spec))
+
+
+async def test_an_order_about_a_damaged_record_of_an_ended_experiment_is_refused_and_ends_nothing(
+    orchestrator, store, tmp_path
+):
+    spec = experiment_spec()
+    await create(orchestrator, "old", spec)
+    await order(orchestrator, CancelOrdered, "old")
+    with contextlib.closing(sqlite3.connect(tmp_path / "state" / FILE_NAME)) as connection, connection:
+        connection.execute("UPDATE experiments SET document = '{'")
+    for done in (create(orchestrator, "old", spec), order(orchestrator, CancelOrdered, "old")):
+        with pytest.raises(DamageError):
+            await asyncio.wait_for(done, 60)
+    assert (await create(orchestrator, "new", spec)).experiment_id == "new"

@@ -49,7 +49,7 @@ from coordinator.results import recorded, settlement
 from coordinator.store import Store
 from fedrt.errors import ConfigurationError, DamageError, FedrtError, SpecError, StorageError
 from fedrt.metrics import CoordinatorMetrics
-from fedrt.session.frames import Hello
+from fedrt.session.frames import HeldState, Hello
 from fedrt.task import Verdict
 from fedrt.tensors import schema_sha256
 
@@ -224,6 +224,10 @@ class Orchestrator:
         if older is not None:
             self._due.append(older.replace)
         held = frozenset(task.task_id for task in hello.held_tasks)
+        for task in hello.held_tasks:
+            if task.state is HeldState.RUNNING and self.active.waiting_for(session.silo_id, task.task_id) is None:
+                # A round waited for it when the silo was welcomed; whoever closed that could not tell this session.
+                self._due.append(partial(session.cancel, task.task_id, "the round is closed"))
         for active in self.active.by_name.values():
             self._collect(active, experiments.offers_on_connect(active.experiment, session.silo_id, held))
         self._silo_changed(record)

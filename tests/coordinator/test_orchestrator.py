@@ -73,6 +73,27 @@ def create(orchestrator, name, spec):
     return order(orchestrator, CreateOrdered, name, spec, initial_shared(spec))
 
 
+async def test_a_silo_hears_that_its_task_was_cancelled_while_it_was_being_welcomed(orchestrator):
+    """Or it would work for hours at what nobody waits for, and keep its next task waiting."""
+    before, after = NotingSession("north"), NotingSession("north")
+    orchestrator.submit(opened(before))
+    await create(orchestrator, "e1", experiment_spec(every=0))
+    assert ("offer", "e1/1/train/north") in before.told
+    await order(orchestrator, CancelOrdered, "e1")
+    orchestrator.submit(opened(after, "e1/1/train/north"))  # it was wanted when the session was welcomed
+    await order(orchestrator, CancelOrdered, "e1")  # the messages before have been acted upon by then
+    assert after.told == [("cancel", "e1/1/train/north")]
+
+
+async def test_a_silo_that_holds_what_a_round_waits_for_is_told_nothing(orchestrator):
+    orchestrator.submit(opened(NotingSession("north")))
+    await create(orchestrator, "e1", experiment_spec(every=0))
+    after = NotingSession("north")
+    orchestrator.submit(opened(after, "e1/1/train/north"))
+    await create(orchestrator, "e1", experiment_spec(every=0))
+    assert after.told == []
+
+
 async def test_an_order_about_a_damaged_record_of_an_ended_experiment_is_refused_and_ends_nothing(
     orchestrator, store, tmp_path
 ):

@@ -138,7 +138,9 @@ class Orchestrator:
     async def _next_message(self) -> Message:
         ticks = [experiments.next_tick(active.experiment) for active in self.active.by_name.values()]
         due = min((tick for tick in ticks if tick is not None and tick > self._ticked), default=None)
-        timeout = None if due is None else max(0.0, due - self._clock())
+        timeout = None if due is None else due - self._clock()
+        if timeout is not None and timeout <= 0:
+            return TimePassed()  # before what waits: messages may come without a pause
         try:
             async with asyncio.timeout(timeout):
                 return await self._inbox.get()

@@ -94,6 +94,37 @@ async def test_a_silo_that_holds_what_a_round_waits_for_is_told_nothing(orchestr
     assert after.told == []
 
 
+class FlappingSession(NotingSession):
+    """As soon as it is replaced, the next one comes; time passes meanwhile."""
+
+    def __init__(self, silo_id, orchestrator, clock, left):
+        super().__init__(silo_id)
+        self.orchestrator, self.clock, self.left = orchestrator, clock, left
+
+    def replace(self):
+        self.clock[0] += 1.0
+        if self.left:
+            after = FlappingSession(self.silo_id, self.orchestrator, self.clock, self.left - 1)
+            self.orchestrator.submit(opened(after))
+
+
+async def test_a_deadline_passes_however_many_messages_come(store):
+    """Or silos whose line flaps could keep the round of all others open."""
+    clock = [0.0]
+    orchestrator = Orchestrator(store, CoordinatorMetrics(CollectorRegistry()), lambda: clock[0])
+    running = asyncio.create_task(orchestrator.run())
+    orchestrator.submit(opened(FlappingSession("north", orchestrator, clock, 200)))
+    experiment = await create(orchestrator, "e1", experiment_spec(every=0))
+    orchestrator.submit(opened(FlappingSession("north", orchestrator, clock, 200)))
+    while store.experiment("e1").end_time is None:
+        await asyncio.sleep(0)
+        assert not running.done()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await orchestrator.close()
+    assert store.experiment("e1").end_time == experiment.round.deadline
+
+
 async def test_an_order_about_a_damaged_record_of_an_ended_experiment_is_refused_and_ends_nothing(
     orchestrator, store, tmp_path
 ):

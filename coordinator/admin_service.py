@@ -60,7 +60,10 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         done: asyncio.Future[Experiment] = asyncio.get_running_loop().create_future()
         self._orchestrator.submit(CreateOrdered(name, spec, initial, done))
-        experiment = await done
+        try:
+            experiment = await done
+        except FedrtError as error:
+            await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
         if experiment.spec != spec:
             message = f"experiment {name!r} exists with another specification; choose a new name"
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, message)

@@ -1,5 +1,7 @@
 """Tensor bytes by digest: small ones live in the database, large ones as files beside it. Nothing is ever rewritten."""
 
+import contextlib
+import errno
 import hashlib
 import mmap
 import os
@@ -12,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
-from fedrt.errors import DamageError
+from fedrt.errors import DamageError, StorageError
 from fedrt.statefile import ensure_private_directory, move_durably, remove_unfinished, storage_error, write_atomic
 
 INLINE_BYTES = 1 << 20  # up to here one commit of the database is cheaper than two synchronised files
@@ -27,6 +29,12 @@ class Landed:
 
 
 Blob = memoryview | Landed
+
+
+def remove_arrival(path: Path) -> None:
+    """Remove a file that nobody takes over; if the disk refuses, the next start clears the directory it lies in."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def blob_size(blob: Blob) -> int:
@@ -49,6 +57,7 @@ blobs_table = sa.Table(
 )
 
 
+_LOST = {errno.ENOENT, errno.EIO, errno.EISDIR}  # others pass: file modes, too many open files, no memory
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _INSERT = insert(blobs_table).on_conflict_do_nothing()
 _SELECT = sa.select(blobs_table).where(blobs_table.c.sha256 == sa.bindparam("digest"))
@@ -78,7 +87,7 @@ class Blobs:
             path = self.path(digest)
             if digest in self._intact and path.exists():
                 if isinstance(blob, Landed):
-                    blob.path.unlink(missing_ok=True)
+                    remove_arrival(blob.path)
                 continue
             if isinstance(blob, Landed):
                 moved = not blob.path.exists()  # by an attempt that failed in the next moment
@@ -91,7 +100,7 @@ class Blobs:
         """The transaction that names the blobs is through; without it they are what nothing needs."""
         self._unsettled.clear()
         while self._taken_in:
-            self._taken_in.pop().unlink(missing_ok=True)
+            remove_arrival(self._taken_in.pop())
 
     def unsettled(self, digest: str) -> bool:
         """Whether a commit that was not through has put this large blob, and may be tried again."""
@@ -136,7 +145,10 @@ class Blobs:
             raise storage_error("read", blob.path, error) from error
 
     def get(self, connection: sa.Connection, digest: str) -> memoryview:
-        """The bytes; a large blob is mapped, not read. Raises `DamageError` if they are missing or damaged."""
+        """The bytes; a large blob is mapped, not read.
+
+        Raises `DamageError` if they are missing or damaged, and `StorageError` if they cannot be read now.
+        """
         row = connection.execute(_SELECT, {"digest": digest}).first()
         known = row is not None and row.data is None and digest in self._intact
         problem = None if known else self._problem(row, digest)
@@ -149,7 +161,10 @@ class Blobs:
 
     def problem(self, connection: sa.Connection, digest: str) -> str | None:
         """What is wrong with a blob, after reading it from the first byte to the last; None if it is whole."""
-        return self._problem(connection.execute(_SELECT, {"digest": digest}).first(), digest)
+        try:
+            return self._problem(connection.execute(_SELECT, {"digest": digest}).first(), digest)
+        except StorageError as error:
+            return str(error)
 
     def _problem(self, row: sa.Row[Any] | None, digest: str) -> str | None:
         if row is None:
@@ -162,6 +177,7 @@ class Blobs:
                 whole = os.fstat(file.fileno()).st_size == row.byte_count
                 whole = whole and hashlib.file_digest(file, "sha256").hexdigest() == digest
         except OSError as error:
+            self._check_lost(digest, error)
             return f"blob file '{self.path(digest)}' cannot be read ({error.strerror})"
         if whole:
             self._intact.add(digest)
@@ -172,9 +188,16 @@ class Blobs:
             with self.path(digest).open("rb") as file:
                 return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError):
+                self._check_lost(digest, error)
             raise DamageError(
                 f"blob file '{self.path(digest)}' cannot be read ({error}); restore the state directory from a backup"
             ) from error
+
+    def _check_lost(self, digest: str, error: OSError) -> None:
+        """Raise `StorageError` unless the error says that the bytes are lost: then they may be read later."""
+        if error.errno not in _LOST:
+            raise storage_error("read", self.path(digest), error) from error
 
     def path(self, digest: str) -> Path:
         """Where a large blob lies."""

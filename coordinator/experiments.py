@@ -50,6 +50,7 @@ class Stage:
 
     `kept` are the asks of an earlier attempt that returned or are still open: they count, and their silos are not asked
     again. So each silo contributes once to a round, and its private tensors advance once. `failed` are the others.
+    `late` are those kept whose lateness has used up a retry: if they fail at last, that uses up no other.
     """
 
     kind: TaskKind
@@ -58,6 +59,7 @@ class Stage:
     kept: tuple[Ask, ...] = ()
     retries: int = 0
     failed: frozenset[str] = frozenset()
+    late: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -192,17 +194,11 @@ def _begin_stage(experiment: Experiment, population: Population, now: float) -> 
     if experiment.round is not None:
         return experiment, ()
     spec, stage = experiment.spec, experiment.stage
-    kept = frozenset(ask.silo_id for ask in stage.kept)
-    again = stage.failed if stage.kind is TaskKind.TRAIN else frozenset()
-    there = Population(population.known, population.available | kept | again)  # a retry waits for nobody to connect
-    overdue = now >= experiment.stage_time + spec.rounds.time_limit
-    aside = {name: why for name, why in conduct.aside(experiment.conducts, stage.number).items() if name not in kept}
-    if stage.kind is TaskKind.INITIALIZE:
-        aside = dict.fromkeys(stage.failed, "failed to initialize")
-    match select(spec.rounds, there, Occasion(stage.kind, (spec.seed, stage.number, stage.attempt), overdue, aside)):
+    match _selected(experiment, population, now):
         case Waiting(message):
             return replace(experiment, message=message), ()
         case Selection(asked, needed, absent, enough):
+            kept = frozenset(ask.silo_id for ask in stage.kept)
             new = [name for name in asked if name not in kept][: len(asked) - len(kept)]
             asks = tuple(_new_ask(experiment, name, now) for name in new)
             round_ = Round(
@@ -219,6 +215,27 @@ def _begin_stage(experiment: Experiment, population: Population, now: float) -> 
             )
             begun = replace(experiment, state=ExperimentState.RUNNING, message="", round=round_)
             return begun, rounds.open_offers(round_)
+
+
+def _selected(experiment: Experiment, population: Population, now: float) -> Selection | Waiting:
+    spec, stage = experiment.spec, experiment.stage
+    kept = frozenset(ask.silo_id for ask in stage.kept)
+    again = stage.failed if stage.kind is TaskKind.TRAIN else frozenset()
+    there = Population(population.known, population.available | kept | again)  # a retry waits for nobody to connect
+    overdue = bool(kept) or now >= experiment.stage_time + spec.rounds.time_limit
+    aside = {name: why for name, why in conduct.aside(experiment.conducts, stage.number).items() if name not in kept}
+    if stage.kind is TaskKind.INITIALIZE:
+        aside = dict.fromkeys(stage.failed, "failed to initialize")
+    occasion = Occasion(stage.kind, (spec.seed, stage.number, stage.attempt), overdue, aside)
+    selected = select(spec.rounds, there, occasion)
+    if isinstance(selected, Selection) or not (kept or again):
+        return selected
+    # Silos that came and left while the round was under way would make it wait, and let go of the work it keeps.
+    selected = select(spec.rounds, Population(there.available, there.available), occasion)
+    if isinstance(selected, Waiting) or spec.rounds.silos:
+        return selected
+    gone = tuple((name, "not connected") for name in population.known - there.available)
+    return replace(selected, absent=tuple(sorted((*selected.absent, *gone))))
 
 
 def _new_ask(experiment: Experiment, silo_id: str, now: float) -> Ask:
@@ -257,14 +274,16 @@ def _next_attempt(experiment: Experiment, round_: Round) -> Stage | None:
     """What follows a round with too few results; None if it may not be tried again."""
     stage, policy = experiment.stage, experiment.spec.rounds
     failed = frozenset(ask.silo_id for ask in round_.asks if ask.state is AskState.ABSENT and not rounds.given_up(ask))
-    excused = not failed and any(ask.away for ask in round_.asks)
+    late = frozenset(ask.silo_id for ask in round_.asks if rounds.is_late(ask))
+    excused = failed <= stage.late if failed else any(ask.away for ask in round_.asks)
     retries = stage.retries if excused else stage.retries + 1
     if round_.message or policy.on_too_few is not OnTooFew.RETRY or retries > policy.retries:
         return None  # one that was withdrawn would end in the same way again
     kept = tuple(rounds.reopened(ask) for ask in round_.asks if ask.silo_id not in failed)
     if stage.kind is TaskKind.INITIALIZE:
-        kept = ()  # any silo computes the same tensors
-    return Stage(stage.kind, stage.number, round_.attempt + 1, kept, retries, failed)
+        kept, late = (), frozenset()  # any silo computes the same tensors
+    charged = late if retries > stage.retries else frozenset[str]()
+    return Stage(stage.kind, stage.number, round_.attempt + 1, kept, retries, failed, charged)
 
 
 def _why_failed(round_: Round) -> str:

@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
-from coordinator.blobs import Blob, Landed
+from coordinator.blobs import Blob, Landed, remove_arrival
 from coordinator.experiments import Experiment
 from coordinator.presence import Session
 from coordinator.records import TensorsRef
@@ -61,7 +61,7 @@ class ResultArrived:
     def discard(self) -> None:
         """Remove the tensors if they lie in a file that nobody takes over."""
         if self.tensors is not None and isinstance(self.tensors.blob, Landed):
-            self.tensors.blob.path.unlink(missing_ok=True)
+            remove_arrival(self.tensors.blob.path)
 
 
 @dataclass(frozen=True)

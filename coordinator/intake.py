@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from coordinator.blobs import INLINE_BYTES, Blob, Landed
+from coordinator.blobs import INLINE_BYTES, Blob, Landed, remove_arrival
 from fedrt.errors import PayloadError
 from fedrt.payload import Manifest
 from fedrt.statefile import storage_error
@@ -86,7 +86,7 @@ class Intake:
             self._buffer = bytearray()
         if self._file is not None:
             self._file.close()
-            self._path.unlink(missing_ok=True)
+            remove_arrival(self._path)
 
     def _check_finite(self, data: bytes | memoryview) -> None:
         joined = self._tail + bytes(data) if self._tail else data

@@ -9,6 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -47,9 +48,9 @@ from coordinator.records import (
 from coordinator.results import recorded, settlement
 from coordinator.store import Store
 from fedrt.complaint import Complaint
-from fedrt.errors import ConfigurationError, DamageError, SpecError, StorageError
+from fedrt.errors import ConfigurationError, DamageError, FedrtError, SpecError, StorageError
 from fedrt.metrics import CoordinatorMetrics
-from fedrt.session.frames import Hello
+from fedrt.session.frames import HeldState, Hello
 from fedrt.task import Verdict
 from fedrt.tensors import schema_sha256
 
@@ -139,7 +140,9 @@ class Orchestrator:
     async def _next_message(self) -> Message:
         ticks = [experiments.next_tick(active.experiment) for active in self.active.by_name.values()]
         due = min((tick for tick in ticks if tick is not None and tick > self._ticked), default=None)
-        timeout = None if due is None else max(0.0, due - self._clock())
+        timeout = None if due is None else due - self._clock()
+        if timeout is not None and timeout <= 0:
+            return TimePassed()  # before what waits: messages may come without a pause
         try:
             async with asyncio.timeout(timeout):
                 return await self._inbox.get()
@@ -228,6 +231,10 @@ class Orchestrator:
         if older is not None:
             self._due.append(older.replace)
         held = frozenset(task.task_id for task in hello.held_tasks)
+        for task in hello.held_tasks:
+            if task.state is HeldState.RUNNING and self.active.waiting_for(session.silo_id, task.task_id) is None:
+                # A round waited for it when the silo was welcomed; whoever closed that could not tell this session.
+                self._due.append(partial(session.cancel, task.task_id, "the round is closed"))
         for active in self.active.by_name.values():
             self._collect(active, experiments.offers_on_connect(active.experiment, session.silo_id, held))
         self._silo_changed(record)
@@ -287,7 +294,11 @@ class Orchestrator:
 
     async def _create(self, message: CreateOrdered, now: float) -> None:
         name, done = message.experiment_id, message.done
-        existing = await self.find(name)
+        try:
+            existing = await self.find(name)
+        except DamageError as error:
+            self._due.append(partial(_reject, done, error))
+            return
         if existing is not None:
             self._due.append(lambda: _resolve(done, existing, name))
             return
@@ -304,7 +315,11 @@ class Orchestrator:
         active = self.active.by_name.get(experiment_id)
         if active is not None:
             self._advance(active, experiments.CancelOrdered())
-        found = await self.find(experiment_id)
+        try:
+            found = await self.find(experiment_id)
+        except DamageError as error:  # of one that has ended: no reason to end the others
+            self._due.append(partial(_reject, done, error))
+            return
         self._due.append(lambda: _resolve(done, found, experiment_id))
 
     async def find(self, experiment_id: str) -> Experiment | None:
@@ -395,11 +410,16 @@ class Orchestrator:
                 self._changes.blobs[part.ref.sha256] = part.data
 
 
+def _reject(done: asyncio.Future[Experiment], error: FedrtError) -> None:
+    if not done.done():
+        done.set_exception(error)
+
+
 def _resolve(done: asyncio.Future[Experiment], experiment: Experiment | None, experiment_id: str) -> None:
     if done.done():
         return
     if experiment is None:
         message = f"experiment {experiment_id!r} does not exist; `fedrtctl list` shows those that do"
-        done.set_exception(SpecError(message))
+        _reject(done, SpecError(message))
     else:
         done.set_result(experiment)

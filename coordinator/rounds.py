@@ -248,6 +248,11 @@ def given_up(ask: Ask) -> bool:
     return ask.state is AskState.ABSENT and ask.message in (LATE, LOST)
 
 
+def is_late(ask: Ask) -> bool:
+    """Whether the silo was connected, and has not answered within the time limit."""
+    return ask.state is AskState.ABSENT and ask.message == LATE and not ask.away
+
+
 def reopened(ask: Ask) -> Ask:
     """The ask as the next attempt takes it over: it waits again for a silo that this one gave up."""
     return replace(ask, state=AskState.OFFERED, message="", away=False) if given_up(ask) else ask
@@ -308,7 +313,7 @@ def _refuse(round_: Round, task_id: str, reason: RefusalReason, message: str, no
     if reason is RefusalReason.BUSY:
         return _with_ask(round_, replace(ask, reoffer_time=now + REOFFER_DELAY)), ()
     text = f"refused ({reason.value}): {message}"
-    return _decide(_with_ask(round_, replace(ask, state=AskState.ABSENT, message=text)), now)
+    return _decide(_with_ask(round_, replace(ask, state=AskState.ABSENT, message=text, reoffer_time=None)), now)
 
 
 def _tick(round_: Round, now: float) -> tuple[Round, Effects]:

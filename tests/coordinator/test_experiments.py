@@ -242,6 +242,8 @@ def test_a_restart_gives_what_is_waited_for_its_time_again():
     waiting = create("e1", experiment_spec(), "", 0.0)
     assert resume(waiting, 5000.0) == replace(waiting, stage_time=5000.0)
     assert resume(experiment, -86_400.0).round.deadline == -86_300.0
+    busy, _ = step(experiment, Refused("e1/1/train/north", RefusalReason.BUSY, "later"), ALL_THERE, 1.0)
+    assert rounds.next_tick(resume(busy, 86_400.0).round) == 86_500.0
 
 
 def test_failures_are_answered_with_ever_longer_pauses():
@@ -272,6 +274,105 @@ def test_a_silo_that_is_away_excuses_an_attempt_but_not_one_in_which_another_fai
         experiment, _ = step(experiment, ResultFailed(task_id, "broken"), only_south, now)
         experiment, _ = step(experiment, Tick(), only_south, now + rounds.LOST_GRACE)
     assert experiment.state is ExperimentState.FAILED
+
+
+def test_a_silo_that_is_late_and_then_gives_up_uses_up_one_retry():
+    """It stops work at its own time limit, which it counts from the moment the offer arrived: just after ours."""
+    experiment, _ = begun(on_too_few=OnTooFew.RETRY, retries=2, silos=("north", "south"))
+    experiment, _ = step(experiment, ResultStored("e1/1/train/north"), ALL_THERE, 1.0)
+    now = 0.0
+    for number in (1, 2, 3):
+        (ask,) = (ask for ask in experiment.round.asks if ask.silo_id == "south")
+        now = experiment.round.deadline
+        experiment, _ = step(experiment, Tick(), ALL_THERE, now)
+        if number <= 2:
+            assert experiment.stage.retries == number
+            experiment, _ = step(experiment, ResultFailed(ask.task_id, "too long"), ALL_THERE, now + 0.1)
+            assert experiment.stage.retries == number
+            experiment, _ = step(experiment, Tick(), ALL_THERE, now + 20.0)
+    assert experiment.state is ExperimentState.FAILED
+
+
+def test_the_failure_of_a_silo_that_was_late_is_forgiven_once():
+    """Nor does it excuse the failure of another."""
+    experiment, _ = begun(on_too_few=OnTooFew.RETRY, retries=5, silos=("north", "south"))
+    late, _ = step(experiment, Tick(), ALL_THERE, 100.0)
+    assert (late.stage.retries, late.stage.late) == (1, frozenset({"north", "south"}))
+    failed, _ = step(late, ResultFailed("e1/1/train/south", "too long"), ALL_THERE, 101.0)
+    failed, _ = step(failed, Tick(), ALL_THERE, 101.0 + rounds.LOST_GRACE)
+    assert (failed.stage.retries, failed.stage.late) == (1, frozenset())
+    again, _ = step(failed, ResultFailed("e1/1/train/north", "too long"), ALL_THERE, 104.0)
+    again, _ = step(again, Tick(), ALL_THERE, 104.0 + rounds.LOST_GRACE)
+    assert again.stage.retries == 2
+    only_south = Population(ALL_THERE.known, frozenset({"south"}))
+    away, _ = step(experiment, Tick(), only_south, 100.0)
+    assert (away.stage.retries, away.stage.late) == (0, frozenset())
+
+
+PAIR = Population(frozenset({"north", "south"}), frozenset({"north", "south"}))
+
+
+def test_a_retry_does_not_wait_for_a_silo_that_came_and_left_meanwhile():
+    """Or what others are at would be cancelled, and thrown away when it comes."""
+    spec = experiment_spec(every=0, on_too_few=OnTooFew.RETRY, retries=1)
+    experiment, _ = step(create("e1", spec, "", 0.0), SilosChanged(), PAIR, 0.0)
+    experiment, _ = step(experiment, ResultStored("e1/1/train/north"), PAIR, 1.0)
+    visited = Population(EVERYBODY, PAIR.available)
+    again, effects = step(experiment, Tick(), visited, 100.0)
+    assert {ask.task_id: ask.state.value for ask in again.round.asks} == {
+        "e1/1/train/north": "returned",
+        "e1/1/train/south": "offered",
+    }
+    assert not any(isinstance(effect, Cancel) for effect in effects)
+    assert again.round.absent == (("west", "not connected"),)
+    assert step(again, ResultStored("e1/1/train/south"), visited, 101.0)[0].round.phase is RoundPhase.AGGREGATING
+
+
+def test_a_retry_needs_the_silo_that_failed_also_while_it_is_away():
+    experiment, _ = begun(on_too_few=OnTooFew.RETRY, retries=1)
+    for silo in ("north", "west"):
+        experiment, _ = step(experiment, ResultStored(f"e1/1/train/{silo}"), ALL_THERE, 1.0)
+    nobody = Population(EVERYBODY, frozenset())
+    again, _ = step(experiment, ResultFailed("e1/1/train/south", "broken"), nobody, 2.0)
+    assert again.round.needed == 3
+    assert rounds.open_tasks(again.round) == {"e1/1/train-1/south"}
+
+
+def test_a_retry_asks_no_more_silos_than_the_experiment_wants():
+    """Whomever the draw names: those whose work is kept count."""
+    for seed in range(20):
+        spec = experiment_spec(every=0, seed=seed, max_silos=2, on_too_few=OnTooFew.RETRY, retries=1)
+        first, _ = step(create("e1", spec, "", 0.0), SilosChanged(), ALL_THERE, 0.0)
+        one, other = (ask.task_id for ask in first.round.asks)
+        first, _ = step(first, ResultStored(one), ALL_THERE, 1.0)
+        second, _ = step(first, ResultFailed(other, "broken"), ALL_THERE, 2.0)
+        assert [ask.state for ask in second.round.asks] == [AskState.RETURNED, AskState.OFFERED]
+
+
+def test_a_silo_whose_open_task_is_kept_is_not_set_aside_in_that_round():
+    """It would be asked and named as absent at once."""
+    four = Population(EVERYBODY | {"east"}, EVERYBODY | {"east"})
+    rules = {"on_too_few": OnTooFew.RETRY, "retries": 1, "min_results": 2, "set_aside_after": 1}
+    experiment, _ = step(create("e1", experiment_spec(every=0, **rules), "", 0.0), SilosChanged(), four, 0.0)
+    experiment, _ = step(experiment, ResultStored("e1/1/train/north"), four, 1.0)
+    experiment, _ = step(experiment, ResultFailed("e1/1/train/south", "broken"), four, 1.0)
+    east_away = Population(four.known, EVERYBODY)
+    again, _ = step(experiment, Tick(), east_away, 100.0)
+    assert {conduct.silo_id for conduct in again.conducts if conduct.aside_until} == {"south", "west"}
+    assert {ask.silo_id for ask in again.round.asks} == {"north", "east", "west"}
+    assert [silo for silo, _ in again.round.absent] == ["south"]
+
+
+@pytest.mark.parametrize("silos", [(), ("north", "south")])
+def test_an_evaluation_that_is_tried_again_keeps_what_is_under_way_and_waits_for_nobody(silos):
+    spec = experiment_spec(on_too_few=OnTooFew.RETRY, retries=1, silos=silos)
+    experiment, _ = step(create("e1", spec, "", 0.0), SilosChanged(), PAIR, 0.0)
+    experiment, _ = step(experiment, ResultFailed("e1/0/evaluate/south", "broken"), PAIR, 1.0)
+    only_north = Population(PAIR.known, frozenset({"north"}))
+    again, effects = step(experiment, Tick(), only_north, 100.0)
+    assert [(ask.task_id, ask.state) for ask in again.round.asks] == [("e1/0/evaluate/north", AskState.OFFERED)]
+    assert not any(isinstance(effect, Cancel) for effect in effects)
+    assert again.round.absent == (("south", "not connected"),)
 
 
 def test_an_initialization_that_nobody_answers_is_given_to_another_silo_and_cancelled():

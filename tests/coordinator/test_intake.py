@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from coordinator.blobs import INLINE_BYTES, Landed
+from coordinator.inbox import ArrivedTensors, ResultArrived
 from coordinator.intake import Intake, IntakeMemory, clear
-from fedrt.errors import PayloadError
+from coordinator.records import TensorsRef
+from fedrt.errors import FailureReason, PayloadError
 from fedrt.payload import describe
+from fedrt.task import Failure, Result
 
 SMALL, LARGE = 10, INLINE_BYTES // 4 + 10
 
@@ -71,6 +74,18 @@ def test_nothing_is_left_of_a_result_that_is_given_up(tmp_path, elements):
     intake.discard()
     intake.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_refuses_to_remove_a_file_ends_nothing(tmp_path):
+    """Or a session would end without the coordinator having noticed, or the coordinator with it."""
+    intake = taken(tmp_path, LARGE, 1 << 18)[0]
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    path.mkdir()  # which cannot be removed as a file is
+    intake.discard()
+    arrival = ArrivedTensors(TensorsRef((), "ab" * 32), Landed(path, 4))
+    ResultArrived("north", Result("e1/1/train/north", Failure(FailureReason.INTERNAL, ""), None), arrival).discard()
+    assert path.exists()
 
 
 def test_what_an_earlier_run_left_is_cleared(tmp_path):

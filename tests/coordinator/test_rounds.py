@@ -226,6 +226,14 @@ def test_the_standing_is_that_of_trying_every_possible_end(asks, needed):
     assert standing(asks, needed) is expected
 
 
+def test_a_silo_that_was_busy_and_then_refuses_is_not_offered_the_task_again():
+    """Or it would work at a task that no round waits for, and that nobody cancels."""
+    round_, _ = step(collecting("a", "b", needed=1), Refused("t-a", RefusalReason.BUSY, "later"), 0.0)
+    refused, _ = step(round_, Refused("t-a", RefusalReason.POLICY, "never"), 1.0)
+    assert refused.ask("t-a").reoffer_time is None
+    assert step(refused, Tick(), REOFFER_DELAY) == (refused, ())
+
+
 tasks = st.sampled_from(["t-a", "t-b", "t-c", "t-d"])
 events = st.one_of(
     st.builds(ResultStored, tasks),

@@ -1,5 +1,6 @@
 """The store: what `commit` returned for is there after anything; what is damaged is said."""
 
+import errno
 import os
 import signal
 import sqlite3
@@ -28,7 +29,7 @@ from coordinator.records import (
 )
 from coordinator.selection import Population
 from coordinator.store import Store
-from fedrt.errors import ExitCode, StorageError
+from fedrt.errors import DamageError, ExitCode, StorageError
 from fedrt.payload import headers_of, pack
 from fedrt.task import TaskKind, Verdict
 from tests.samples import experiment_spec, sha256_hex
@@ -324,6 +325,25 @@ class TestBlobs:
         with pytest.raises(StorageError, match="restore the state directory from a backup"):
             reopened().blob(ref)
 
+    @pytest.mark.parametrize("known", [False, True])
+    @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOMEM])
+    def test_a_large_blob_that_cannot_be_read_now_is_no_damage(self, store, reopened, monkeypatch, number, known):
+        """Or an experiment would fail for good because of a file mode, or of too many open files."""
+        ref, data = tensors(INLINE_BYTES)
+        committed(store, blobs={ref.sha256: data})
+        store = store if known else reopened()
+
+        def refuse(*arguments, **options):
+            raise OSError(number, "no")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", refuse)
+            with pytest.raises(StorageError, match="cannot read") as error:
+                store.blob(ref)
+            assert not isinstance(error.value, DamageError)
+            assert "cannot read" in store.blob_problem(ref.sha256)
+        assert store.blob(ref) == data
+
     def test_a_damaged_small_blob_is_said(self, store, reopened, directory):
         ref, data = tensors(3)
         committed(store, blobs={ref.sha256: data})
@@ -350,6 +370,23 @@ class TestBlobs:
         assert store.blob(ref) == data
         assert reopened().blob(ref) == data
         assert not (directory / "landing" / "arrival").exists()
+
+    def test_a_commit_that_is_through_has_not_failed_because_an_arrival_cannot_be_removed(self, store, directory):
+        """Or it would be tried again for ever: the bytes of another arrival of it are gone by then."""
+        ref, data = tensors(6)
+        stuck = landed(directory, data)
+        changes = Changes(blobs={ref.sha256: stuck}, events=[event()])
+        taken, store.blobs._bytes_of = store.blobs._bytes_of, lambda blob: (taken(blob), swap(stuck.path))[0]
+        store.commit(changes)
+        assert stuck.path.is_dir()
+        assert store.blob(ref) == data
+        assert len(store.events(0, "", 10)) == 1
+
+
+def swap(path):
+    """A directory in place of a file: it cannot be removed as a file is."""
+    path.unlink()
+    path.mkdir()
 
 
 class TestAtomicity:

@@ -46,6 +46,7 @@ from coordinator.records import (
 )
 from coordinator.results import recorded, settlement
 from coordinator.store import Store
+from fedrt.complaint import Complaint
 from fedrt.errors import ConfigurationError, DamageError, SpecError, StorageError
 from fedrt.metrics import CoordinatorMetrics
 from fedrt.session.frames import Hello
@@ -71,6 +72,7 @@ class Orchestrator:
         self._changes = Changes()
         self._due: list[Action] = []
         self._ticked = 0.0  # when time was last told to all experiments
+        self._complaint = Complaint()
         self.active = ActiveExperiments()
         self.presence = Presence()
         self.bell = asyncio.Event()  # rung, and replaced, when events have been stored
@@ -158,9 +160,12 @@ class Orchestrator:
             except DamageError:
                 raise
             except StorageError as error:
-                self._log.error("nothing is acknowledged until the disk accepts writes", reason=str(error))
+                if self._complaint.is_due(str(error)):
+                    self._log.error("nothing is acknowledged until the disk accepts writes", reason=str(error))
                 self.active, self.presence = before
                 await asyncio.sleep(RETRY_COMMIT_DELAY)
+        if self._changes and self._complaint.end():
+            self._log.info("the disk accepts writes again")
         for experiment_id in self.active.drop_ended():
             self._actions.abandon(experiment_id)
         self._count_experiments()

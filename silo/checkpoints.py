@@ -17,10 +17,10 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 import fedrt
+from fedrt.complaint import Complaint
 from fedrt.errors import StorageError
 from fedrt.spec import LocalSpec
 from fedrt.tensors import Array, Tensors
-from silo.complaint import Complaint
 from silo.examples import Examples
 from silo.snapshots import Checkpointer, NoCheckpoints, Snapshot
 from silo.tensor_files import read_tensors, write_tensors

@@ -11,12 +11,12 @@ from typing import Any, BinaryIO
 
 import structlog
 
+from fedrt.complaint import Complaint
 from fedrt.errors import FailureReason, TensorError, WorkError
 from fedrt.session.frames import Frame, Heartbeat, PayloadChunk, TaskResult
 from fedrt.statefile import storage_error
 from fedrt.task import Result, Success
 from fedrt.tensors import Scope, Tensors, TensorSpec, check_tensors, of_scope
-from silo.complaint import Complaint
 
 
 def check_release(specs: Iterable[TensorSpec], tensors: Tensors) -> None:

@@ -12,6 +12,7 @@ import structlog
 
 import fedrt
 from fedrt.certificates import Expectation
+from fedrt.complaint import Complaint
 from fedrt.errors import IdentityError, PayloadError, RemoteProtocolError
 from fedrt.identity import Role as IdentityRole
 from fedrt.metrics import SiloMetrics
@@ -39,7 +40,6 @@ from fedrt.v1 import session_service_pb2_grpc
 from silo import ledger as ledgers
 from silo.agent import Agent, OfferArrived, SessionDown, SessionUp, TensorsArrived
 from silo.backoff import Backoff
-from silo.complaint import Complaint
 from silo.departures import Departures
 from silo.work import WorkerReport
 

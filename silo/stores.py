@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import structlog
 
+from fedrt.complaint import Complaint
 from fedrt.errors import StorageError
 from fedrt.metrics import SiloMetrics
 from fedrt.task import Task, TaskKind
 from fedrt.tensors import Tensors
 from silo.checkpoint_directory import CheckpointDirectory
-from silo.complaint import Complaint
 from silo.spool import Spool, Spooled
 from silo.vault import Vault
 

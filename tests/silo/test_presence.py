@@ -2,8 +2,8 @@
 
 from datetime import UTC, datetime, timedelta
 
+from fedrt.complaint import REPEAT_INTERVAL, Complaint
 from fedrt.daemon import Lifecycle
-from silo.complaint import REPEAT_INTERVAL, Complaint
 from silo.presence import Presence
 
 

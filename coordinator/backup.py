@@ -94,7 +94,7 @@ def back_up(state_directory: Path, destination: Path, now: datetime) -> Backup:
     earlier = _newest_backup(destination.parent)
     with keeping_blobs(state_directory), unfinished_directory(destination) as unfinished:
         write_atomic_by(unfinished / DATABASE, lambda path: _copy_database(state_directory / DATABASE, path))
-        schema_revision, blobs = _contents(unfinished / DATABASE)
+        schema_revision, blobs = _contents(unfinished / DATABASE, state_directory / DATABASE)
         copied = _Blobs(state_directory / BLOBS, earlier and earlier / BLOBS, unfinished / BLOBS)
         linked_bytes = sum(blob.byte_count for blob in blobs if copied.place(blob))
         sync_directory(unfinished / BLOBS)
@@ -126,7 +126,7 @@ def verify(source: Path, manifest: BackupManifest) -> None:
     for path, piece in pieces:
         if _piece_of(path) != piece:
             raise DamageError(f"'{path}' is damaged: its digest is not that of the manifest; use another backup")
-    if _contents(source / DATABASE) != (manifest.schema_revision, manifest.blobs):
+    if _contents(source / DATABASE, source / DATABASE) != (manifest.schema_revision, manifest.blobs):
         raise DamageError(f"'{source / MANIFEST}' is damaged: it does not fit the database; use another backup")
 
 
@@ -201,19 +201,19 @@ def _copy_database(source: Path, target: Path) -> None:
         writing.execute("PRAGMA journal_mode = DELETE")  # so that the one file is all, also when it is read
 
 
-def _contents(database: Path) -> tuple[str, tuple[Piece, ...]]:
-    """The schema of a copied database, and the large blobs it names."""
+def _contents(database: Path, named: Path) -> tuple[str, tuple[Piece, ...]]:
+    """The schema of a copied database, and the large blobs it names; errors speak of the one `named`."""
     engine = connect(database, read_only=True)
     try:
-        with Guard("read", database), engine.connect() as connection:
-            revision = revision_of(connection, database)
+        with Guard("read", named), engine.connect() as connection:
+            revision = revision_of(connection, named)
             if revision is None:
-                raise DamageError(f"'{database}' holds no coordinator's store")
+                raise DamageError(f"'{named}' is empty; restore the state directory from a backup")
             query = sa.select(blobs_table.c.sha256, blobs_table.c.byte_count).where(blobs_table.c.data.is_(None))
             rows = connection.execute(query.order_by(blobs_table.c.sha256)).all()
             return revision, tuple(Piece(row.sha256, row.byte_count) for row in rows)
     except ValueError as error:
-        raise DamageError(f"'{database}' is damaged: {error}") from error
+        raise DamageError(f"'{named}' is damaged: {error}") from error
     finally:
         engine.dispose()
 

@@ -8,8 +8,11 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 
-from fedrt.errors import StorageError
+from fedrt.errors import DamageError, StorageError
 from fedrt.statefile import storage_error
+
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_PRIMARY = 0xFF  # SQLite's extended codes have the primary one in the lowest byte
 
 
 def connect(path: Path, read_only: bool = False) -> sa.Engine:
@@ -27,19 +30,21 @@ def connect(path: Path, read_only: bool = False) -> sa.Engine:
 
 
 class Guard(AbstractContextManager[None]):
-    """Turns what the database raises into a `StorageError` that says what to do."""
+    """Turns what the database raises into a `StorageError` that says what to do; into a `DamageError` for damage."""
 
-    def __init__(self, action: str, what: Path | str = "the coordinator's store") -> None:
-        self._action, self._what = action, what
+    def __init__(self, action: str, path: Path | None = None) -> None:
+        self._action, self._path = action, path
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
-            raise storage_error(self._action, Path(self._what), error) from error
+            raise storage_error(self._action, self._path or Path("coordinator.db"), error) from error
         if isinstance(error, sa.exc.DBAPIError | sqlite3.Error):
             reason = error.orig if isinstance(error, sa.exc.DBAPIError) else error
-            raise StorageError(
-                f"cannot {self._action} {self._what}: {reason}; check free space, file modes and the disk"
-            ) from error
+            store = f"'{self._path}'" if self._path else "the coordinator's store"
+            failed = f"cannot {self._action} {store}: {reason}"
+            if getattr(reason, "sqlite_errorcode", 0) & _PRIMARY in _DAMAGED:
+                raise DamageError(f"{failed}; it is damaged: restore the state directory from a backup") from error
+            raise StorageError(f"{failed}; check free space, file modes and the disk") from error
 
 
 def _configure(connection: Any, record: object) -> None:

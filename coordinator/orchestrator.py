@@ -159,8 +159,6 @@ class Orchestrator:
                 if self._changes:
                     with self._metrics.store_commit_duration.time():
                         await self.in_store(self._store.commit, self._changes)
-                if self._refused.end():
-                    self._log.info("the disk accepts writes again")
                 break
             except DamageError:
                 raise
@@ -169,6 +167,8 @@ class Orchestrator:
                     self._log.error("nothing is acknowledged until the disk accepts writes", reason=str(error))
                 self.active, self.presence = before
                 await asyncio.sleep(RETRY_COMMIT_DELAY)
+        if self._changes and self._refused.end():
+            self._log.info("the disk accepts writes again")
         for experiment_id in self.active.drop_ended():
             self._actions.abandon(experiment_id)
         self._count_experiments()

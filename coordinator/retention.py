@@ -26,7 +26,7 @@ from coordinator.blobs import blobs_table, lies_in_file
 from coordinator.integrity import check_at_start
 from coordinator.store import FILE_NAME, Store
 from coordinator.tables import checkpoints, experiments, tasks
-from fedrt.errors import StorageError
+from fedrt.errors import ConfigurationError, StorageError
 from fedrt.locking import DirectoryLock
 
 COLLECT_INTERVAL = 86_400.0  # seconds between two collections of a running coordinator
@@ -94,7 +94,10 @@ def collect_by_hand(state_directory: Path, updates: float) -> Freed:
     """
     if not (state_directory / FILE_NAME).is_file():
         raise StorageError(f"there is no store in '{state_directory}'; check state_directory")
-    lock = DirectoryLock(state_directory)
+    try:
+        lock = DirectoryLock(state_directory)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error}; a coordinator that runs collects by itself once a day") from None
     try:
         with contextlib.closing(Store(state_directory)) as store:
             check_at_start(store)

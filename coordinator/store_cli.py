@@ -85,7 +85,14 @@ def replay(
 
 
 def _store_directory(config: Path | None, backup: Path | None) -> Path:
+    from coordinator.store import FILE_NAME  # noqa: PLC0415  # needs a database
+
     if backup is not None:
+        if not (backup / FILE_NAME).is_file():
+            raise ConfigurationError(
+                f"'{backup}' is no backup: it has no {FILE_NAME}; name a directory that "
+                "`fedrt-coordinator backup` wrote"
+            )
         return backup.absolute()
     if config is None:
         raise ConfigurationError("nothing says which store to read; give --config or --backup")

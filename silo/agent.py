@@ -12,7 +12,7 @@ from typing import Protocol
 
 import structlog
 
-from fedrt.errors import FailureReason, FedrtError, PayloadError, TensorError, WorkError
+from fedrt.errors import DamageError, FailureReason, FedrtError, PayloadError, TensorError, WorkError
 from fedrt.metrics import SiloMetrics
 from fedrt.payload import Manifest, unpack
 from fedrt.session.frames import HeldTask
@@ -276,6 +276,9 @@ class Agent:
             outcome = WorkError(FailureReason.TIME_LIMIT, f"the work took longer than {task.time_limit:.0f} seconds")
         except WorkError as error:
             outcome = error
+        except DamageError as error:
+            self._log.error("work failed", task=task.task_id, reason=str(error))
+            outcome = WorkError(FailureReason.INTERNAL, "private tensors at the silo are damaged; see its log")
         except FedrtError as error:
             self._log.error("work failed", task=task.task_id, reason=str(error))
             outcome = WorkError(FailureReason.INTERNAL, f"{type(error).__name__} at the silo; see its log")

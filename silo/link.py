@@ -43,6 +43,7 @@ from silo.departures import Departures
 from silo.dialling import ANSWER_LIMIT, DIAL_OPTIONS, Dialling, unreadable
 from silo.work import WorkerReport
 
+_BROKEN = ("socket closed", "connection reset", "broken pipe", "stream removed")
 _REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 
 
@@ -277,4 +278,11 @@ class Link:
             raise IdentityError(f"{details}: another daemon runs with this silo's identity; stop one of the two")
         if code is grpc.StatusCode.UNAVAILABLE and not welcomed:
             return explain_handshake_failure(self._dialling.files, details, datetime.now(UTC))
-        return details
+        return explain_lost_session(details)
+
+
+def explain_lost_session(details: str) -> str:
+    """Why an open session ended: what the coordinator said, or what it means that gRPC only saw a connection end."""
+    if any(symptom in details.lower() for symptom in _BROKEN):
+        return f"the connection broke ({details}): the coordinator has stopped or the network failed; work goes on"
+    return details

@@ -289,7 +289,15 @@ class TestBackup:
         state = tmp_path / "other"
         state.mkdir(mode=0o700)
         (state / "coordinator.db").write_bytes(b"something else" * 100)
-        with pytest.raises(StorageError, match=r"other/coordinator.db: file is not a database"):
+        with pytest.raises(DamageError, match=r"other/coordinator.db': file is not a database; it is damaged: restore"):
+            back_up(state, parent / "one", NOW)
+        assert os.listdir(parent) == []
+
+    def test_a_store_with_nothing_in_it_is_named_and_not_its_copy(self, tmp_path, parent):
+        state = tmp_path / "other"
+        state.mkdir(mode=0o700)
+        (state / "coordinator.db").touch()
+        with pytest.raises(DamageError, match=r"other/coordinator.db' is empty; restore the state directory"):
             back_up(state, parent / "one", NOW)
         assert os.listdir(parent) == []
 

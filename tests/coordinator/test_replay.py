@@ -459,5 +459,5 @@ class TestCommand:
 
     def test_a_directory_without_a_store_is_refused(self, tmp_path):
         done = CliRunner().invoke(app, ["replay", "--backup", str(tmp_path), "e1"])
-        assert done.exit_code == ExitCode.TEMPORARY
-        assert "there is no store at" in done.stderr
+        assert done.exit_code == ExitCode.CONFIGURATION
+        assert f"'{tmp_path}' is no backup: it has no coordinator.db" in done.stderr

@@ -411,6 +411,7 @@ def test_by_hand_not_while_the_coordinator_runs(config, directory):
     lock.release()
     assert done.exit_code == 78
     assert "is in use by another running daemon" in done.stderr
+    assert "a coordinator that runs collects by itself once a day" in done.stderr
 
 
 def test_by_hand_not_while_a_backup_reads(config, directory):

@@ -136,3 +136,20 @@ def test_a_file_that_is_no_database_is_a_storage_error(tmp_path):
     (tmp_path / "coordinator.db").write_bytes(b"these are holiday pictures" * 1000)
     with pytest.raises(StorageError, match=r"cannot open .*coordinator\.db"):
         Store(tmp_path, read_only=True)
+
+
+def test_a_database_that_is_damaged_is_told_from_a_disk_that_refuses(writer, directory):
+    for number in range(200):
+        committed(writer, events=[event(message=f"{number} " * 100)])
+    writer.close()  # the file beside it is written back
+    path = directory / "coordinator.db"
+    damaged = bytearray(path.read_bytes())
+    for place in range(len(damaged) // 2, len(damaged)):
+        damaged[place] ^= 0x5A
+    path.write_bytes(damaged)
+    again = Store(directory, read_only=True)
+    try:
+        with pytest.raises(DamageError, match="malformed; it is damaged: restore the state directory from a backup"):
+            again.events(0, "", 1000)
+    finally:
+        again.close()

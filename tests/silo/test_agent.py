@@ -325,7 +325,7 @@ async def test_damaged_private_tensors_fail_the_task_without_telling_where_they_
     (file,) = (site.directory / "vault").glob("*/*")
     file.write_bytes(b"rubbish")
     result, _ = await site.do(offered(round_number=2))
-    assert result.outcome == Failure(FailureReason.INTERNAL, "DamageError at the silo; see its log")
+    assert result.outcome == Failure(FailureReason.INTERNAL, "private tensors at the silo are damaged; see its log")
     assert site.worker.orders == []
 
 

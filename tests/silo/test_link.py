@@ -12,7 +12,7 @@ from fedrt.task import RefusalReason
 from fedrt.tls import IdentityFiles, explain_handshake_failure
 from fedrt.transport import Transport
 from silo.dialling import ANSWER_LIMIT, DIAL_OPTIONS
-from silo.link import CoordinatorSession
+from silo.link import CoordinatorSession, explain_lost_session
 
 
 class Silent:
@@ -58,3 +58,13 @@ def test_an_attempt_to_connect_does_not_outlive_the_dial_that_made_it():
 def test_an_attempt_that_grpc_gives_up_is_a_coordinator_that_does_not_answer(tmp_path: Path, details: str):
     said = explain_handshake_failure(IdentityFiles(tmp_path), f"last error: UNKNOWN: {details}", datetime.now(UTC))
     assert said.startswith("the coordinator does not answer; check the network")
+
+
+@pytest.mark.parametrize("details", ["Stream removed (Socket closed)", "recvmsg:Connection reset by peer"])
+def test_a_connection_that_broke_is_told_in_words(details: str):
+    why = explain_lost_session(details)
+    assert why.startswith(f"the connection broke ({details}): the coordinator has stopped or the network failed")
+
+
+def test_what_the_coordinator_says_is_passed_on_as_it_is():
+    assert explain_lost_session("the coordinator is full; dial later") == "the coordinator is full; dial later"

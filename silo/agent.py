@@ -256,19 +256,18 @@ class Agent:
         task = accepted.task
         self._log.info("work begins", task=task.task_id, experiment=task.experiment_id, round=task.round_number)
         try:
-            private = await self._stores.private(task)
-            order = WorkOrder(
-                task_id=task.task_id,
-                experiment_id=task.experiment_id,
-                kind=task.kind,
-                local=task.local,
-                round_number=task.round_number,
-                seed=task.seed,
-                shared=accepted.shared,
-                private=private,
-                checkpoint=self._stores.checkpoint(task),
-            )
             async with asyncio.timeout(accepted.deadline - time.monotonic()):
+                order = WorkOrder(
+                    task_id=task.task_id,
+                    experiment_id=task.experiment_id,
+                    kind=task.kind,
+                    local=task.local,
+                    round_number=task.round_number,
+                    seed=task.seed,
+                    shared=accepted.shared,
+                    private=await self._stores.private(task),
+                    checkpoint=self._stores.checkpoint(task),
+                )
                 done = await self._worker.run(order, self._progress_of(task.task_id))
             if task.kind is not TaskKind.EVALUATE:
                 check_release(accepted.specs, done.shared)
@@ -279,7 +278,9 @@ class Agent:
             outcome = error
         except DamageError as error:
             self._log.error("work failed", task=task.task_id, reason=str(error))
-            outcome = WorkError(FailureReason.INTERNAL, "private tensors at the silo are damaged; see its log")
+            outcome = WorkError(
+                FailureReason.INTERNAL, "private tensors at the silo are damaged or no longer kept; see its log"
+            )
         except FedrtError as error:
             self._log.error("work failed", task=task.task_id, reason=str(error))
             outcome = WorkError(FailureReason.INTERNAL, f"{type(error).__name__} at the silo; see its log")

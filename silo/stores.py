@@ -11,7 +11,7 @@ from collections.abc import Callable
 import structlog
 
 from fedrt.complaint import Complaint
-from fedrt.errors import StorageError
+from fedrt.errors import DamageError, StorageError
 from fedrt.metrics import SiloMetrics
 from fedrt.task import Task, TaskKind
 from fedrt.tensors import Tensors
@@ -31,7 +31,7 @@ class Stores:
         self._checkpoints = checkpoints
         self._metrics = metrics
         self._log = structlog.get_logger("silo")
-        self._complaint = Complaint()
+        self._complaint, self._unread = Complaint(), Complaint()
 
     async def undelivered(self) -> list[Spooled]:
         """The results that an earlier run of the daemon left. Raises `StorageError` if the spool cannot be read."""
@@ -42,10 +42,25 @@ class Stores:
         return str(self._checkpoints.path(task.task_id)) if task.kind is TaskKind.TRAIN else ""
 
     async def private(self, task: Task) -> Tensors:
-        """The private tensors that a task begins from. Raises `StorageError`."""
+        """The private tensors that a task begins from, once the disk lets them be read.
+
+        Raises `DamageError` if waiting does not help.
+        """
         # an evaluation of a round follows its training; training begins from what was accepted before
         before = task.round_number + (task.kind is TaskKind.EVALUATE)
-        return await asyncio.to_thread(self._vault.load, task.experiment_id, before)
+        while True:
+            try:
+                tensors = await asyncio.to_thread(self._vault.load, task.experiment_id, before)
+            except DamageError:
+                raise
+            except StorageError as error:
+                if self._unread.is_due(str(error)):
+                    self._log.error("work waits until private tensors can be read", reason=str(error))
+                await asyncio.sleep(DISK_RETRY_DELAY)
+                continue
+            if self._unread.end():
+                self._log.info("private tensors can be read again")
+            return tensors
 
     async def keep(self, spooled: Spooled) -> None:
         """Return once the result is durable; its checkpoint is then of no more use."""

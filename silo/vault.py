@@ -33,7 +33,7 @@ class Vault:
     def load(self, experiment_id: str, before_round: int) -> Tensors:
         """The private tensors of the latest accepted round before this one, empty if there is none.
 
-        Raises `DamageError` if the file is damaged, and `StorageError` if it is no longer kept or cannot be read.
+        Raises `DamageError` if the file is damaged or no longer kept, and `StorageError` if the disk refuses to read.
         """
         self._check_place()
         directory = self._directory_of(experiment_id)
@@ -42,7 +42,7 @@ class Vault:
         if earlier:
             return _read(directory, max(earlier))[0]
         if rounds and not _read(directory, min(rounds))[1]:
-            raise StorageError(
+            raise DamageError(
                 f"private tensors of '{experiment_id}' before round {before_round} are no longer kept in '{directory}'"
                 f" (the oldest are of round {min(rounds)}); restore the directory from a backup, or create the"
                 " experiment anew"

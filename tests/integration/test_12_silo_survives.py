@@ -222,11 +222,15 @@ class Disk:
 
 @pytest.mark.skipif(not mounts_work(), reason="needs root and mount namespaces")
 @pytest.mark.parametrize(
-    ("how", "reason"),
-    [("full", "the disk is full"), ("read-only", "is read-only"), ("gone", "no such file or directory")],
+    ("how", "reason", "complaint"),
+    [
+        ("full", "the disk is full", "nothing is sent until the disk accepts writes"),
+        ("read-only", "is read-only", "nothing is sent until the disk accepts writes"),
+        ("gone", "silo-north/vault' is gone", "work waits until private tensors can be read"),
+    ],
 )
-async def test_a_lost_disk_holds_results_back_and_its_return_needs_no_restart(
-    federation: Federation, how: str, reason: str
+async def test_a_lost_disk_holds_work_or_results_back_and_its_return_needs_no_restart(
+    federation: Federation, how: str, reason: str, complaint: str
 ) -> None:
     federation.start_coordinator()
     config = federation.silo_yaml("north")
@@ -237,7 +241,6 @@ async def test_a_lost_disk_holds_results_back_and_its_return_needs_no_restart(
     daemon = (sys.executable, "-m", "tests.fakes.instant_silo", config)
     # a private tree: a mount below a shared one cannot be moved
     command = ("unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", place, *daemon)
-    complaint = "nothing is sent until the disk accepts writes"
     with managed(federation.directory, *command) as silo:
         await asyncio.to_thread(silo.hear, "READY=1")
         disk = Disk(place, silo)

@@ -18,14 +18,14 @@ from fedrt.metrics import SiloMetrics
 from fedrt.payload import describe
 from fedrt.session.frames import HeldState
 from fedrt.task import Failure, RefusalReason, Result, Success, Task, TaskKind, Verdict
-from fedrt.tensors import Normal, Scope, TensorSpec, schema_sha256
+from fedrt.tensors import Normal, Scope, Tensors, TensorSpec, schema_sha256
 from silo.agent import Agent, OfferArrived, SessionDown, SessionUp, TensorsArrived
 from silo.checkpoint_directory import CheckpointDirectory
 from silo.ledger import CancelArrived, DrainOrdered, Reply, VerdictArrived
 from silo.policy import Policy
 from silo.spool import Spool
 from silo.stores import Stores
-from silo.vault import Vault
+from silo.vault import KEPT_ROUNDS, Vault
 from silo.work import WorkOrder, WorkOutcome
 from tests.fakes.workers import FakeWorker, failing, report
 from tests.samples import DIGEST, task
@@ -324,8 +324,43 @@ async def test_damaged_private_tensors_fail_the_task_without_telling_where_they_
     (file,) = (site.directory / "vault").glob("*/*")
     file.write_bytes(b"rubbish")
     result, _ = await site.do(offered(round_number=2))
-    assert result.outcome == Failure(FailureReason.INTERNAL, "private tensors at the silo are damaged; see its log")
+    assert result.outcome == Failure(
+        FailureReason.INTERNAL, "private tensors at the silo are damaged or no longer kept; see its log"
+    )
     assert site.worker.orders == []
+
+
+async def test_a_vault_that_cannot_be_read_for_a_while_costs_time_and_no_task(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("silo.stores.DISK_RETRY_DELAY", 0.01)
+    load, tried = site.vault.load, []
+
+    def away_for_a_while(experiment_id: str, before_round: int) -> Tensors:
+        tried.append(before_round)
+        if len(tried) <= 3:
+            raise StorageError("the vault is gone; mount it again")
+        return load(experiment_id, before_round)
+
+    monkeypatch.setattr(site.vault, "load", away_for_a_while)
+    result, _ = await site.do(offered(round_number=2))
+    assert isinstance(result.outcome, Success)
+    assert tried == [2] * 4
+
+
+async def test_a_vault_that_stays_away_costs_the_task_its_time_limit(site: Site):
+    (site.directory / "vault").rmdir()
+    result, _ = await site.do(offered(time_limit=0.05))
+    assert result.outcome.reason is FailureReason.TIME_LIMIT
+    assert site.worker.orders == []
+
+
+async def test_private_tensors_that_are_no_longer_kept_fail_the_task_at_once(site: Site):
+    for round_number in range(1, KEPT_ROUNDS + 2):
+        site.vault.promote("e1", round_number, {"own": np.ones(3, np.float32)})
+    result, _ = await site.do(offered(round_number=1))
+    assert result.outcome.reason is FailureReason.INTERNAL
+    assert "no longer kept" in result.outcome.message
 
 
 async def test_a_cancelled_task_stops_and_is_reported_as_cancelled(site: Site):

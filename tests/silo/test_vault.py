@@ -88,11 +88,11 @@ def test_the_latest_rounds_are_kept_and_what_is_not_kept_is_not_taken_for_nothin
     assert len(files(tmp_path)) == KEPT_ROUNDS
     assert held(vault, before_round=3) == 2
     for before_round in (1, 2):
-        with pytest.raises(StorageError, match=rf"'e' before round {before_round} are no longer kept in .*of round 2"):
+        with pytest.raises(DamageError, match=rf"'e' before round {before_round} are no longer kept in .*of round 2"):
             vault.load("e", before_round)
     vault.promote("e", 2, number(20))  # the oldest again: it does not become the first
     assert len(files(tmp_path)) == 1
-    with pytest.raises(StorageError, match="no longer kept"):
+    with pytest.raises(DamageError, match="no longer kept"):
         vault.load("e", 2)
 
 
@@ -102,7 +102,7 @@ def test_the_oldest_round_promoted_again_over_damage_does_not_become_the_first(t
         vault.promote("e", round_number, number(round_number))
     files(tmp_path)[0].write_bytes(b"")
     vault.promote("e", 2, number(2))
-    with pytest.raises(StorageError, match="no longer kept"):
+    with pytest.raises(DamageError, match="no longer kept"):
         vault.load("e", 2)
 
 

@@ -37,7 +37,7 @@ def load(directory: Path, text: str) -> HostConfig:
 
 def test_defaults_are_those_of_a_silo(tmp_path: Path) -> None:
     config = load(tmp_path, MINIMAL)
-    assert (config.federation, config.shutdown_grace, config.reconnect.max) == (None, 300.0, 30.0)
+    assert (config.federation, config.shutdown_grace, config.reconnect.max) == (None, 300.0, 10.0)
     assert config.policy.methods == ("*",)
     assert config.identities == tmp_path / "certs/silos"
 

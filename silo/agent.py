@@ -278,7 +278,9 @@ class Agent:
             outcome = error
         except DamageError as error:
             self._log.error("work failed", task=task.task_id, reason=str(error))
-            outcome = WorkError(FailureReason.INTERNAL, "private tensors at the silo are damaged; see its log")
+            outcome = WorkError(
+                FailureReason.INTERNAL, "private tensors at the silo are damaged or no longer kept; see its log"
+            )
         except FedrtError as error:
             self._log.error("work failed", task=task.task_id, reason=str(error))
             outcome = WorkError(FailureReason.INTERNAL, f"{type(error).__name__} at the silo; see its log")

@@ -26,7 +26,7 @@ from silo.ledger import CancelArrived, DrainOrdered, Reply, VerdictArrived
 from silo.policy import Policy
 from silo.spool import Spool
 from silo.stores import Stores
-from silo.vault import Vault
+from silo.vault import KEPT_ROUNDS, Vault
 from silo.work import WorkOrder, WorkOutcome
 from tests.fakes.workers import FakeWorker, failing, report
 from tests.samples import DIGEST, task
@@ -325,7 +325,9 @@ async def test_damaged_private_tensors_fail_the_task_without_telling_where_they_
     (file,) = (site.directory / "vault").glob("*/*")
     file.write_bytes(b"rubbish")
     result, _ = await site.do(offered(round_number=2))
-    assert result.outcome == Failure(FailureReason.INTERNAL, "private tensors at the silo are damaged; see its log")
+    assert result.outcome == Failure(
+        FailureReason.INTERNAL, "private tensors at the silo are damaged or no longer kept; see its log"
+    )
     assert site.worker.orders == []
 
 
@@ -359,6 +361,14 @@ async def test_private_tensors_are_not_waited_for_beyond_the_time_limit(site: Si
     result, _ = await site.do(offered(time_limit=0.1))
     assert result.outcome.reason is FailureReason.TIME_LIMIT
     assert site.worker.orders == []
+
+
+async def test_private_tensors_that_are_no_longer_kept_fail_the_task_at_once(site: Site):
+    for round_number in range(1, KEPT_ROUNDS + 2):
+        site.vault.promote("e1", round_number, {"own": np.ones(3, np.float32)})
+    result, _ = await site.do(offered(round_number=1))
+    assert result.outcome.reason is FailureReason.INTERNAL
+    assert "no longer kept" in result.outcome.message
 
 
 async def test_a_cancelled_task_stops_and_is_reported_as_cancelled(site: Site):

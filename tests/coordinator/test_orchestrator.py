@@ -135,13 +135,12 @@ async def test_a_deadline_passes_however_many_messages_come(store):
     orchestrator.submit(opened(FlappingSession("north", orchestrator, clock, 200)))
     experiment = await create(orchestrator, "e1", experiment_spec(every=0))
     orchestrator.submit(opened(FlappingSession("north", orchestrator, clock, 200)))
-    while store.experiment("e1").end_time is None:
-        await asyncio.sleep(0)
+    while (ended := await orchestrator.in_store(store.experiment, "e1")).end_time is None:
         assert not running.done()
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await orchestrator.close()
-    assert store.experiment("e1").end_time == experiment.round.deadline
+    assert ended.end_time == experiment.round.deadline
 
 
 async def test_an_order_about_a_damaged_record_of_an_ended_experiment_is_refused_and_ends_nothing(

@@ -134,5 +134,5 @@ def closed(active: Active, round_: rounds.Round, now: float) -> RoundClosed:
         absences=rounds.absentees(round_),
         metrics=mean_metrics(contributions, round_.kind),
         succeeded=round_.succeeded,
-        duration=now - round_.begin_time,
+        duration=max(0.0, now - round_.begin_time),  # the clock may have been set back before a restart
     )

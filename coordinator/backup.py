@@ -12,6 +12,7 @@ The database is copied first. The files it names were durable before it named th
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import sqlite3
@@ -199,6 +200,20 @@ def _copy_database(source: Path, target: Path) -> None:
     ):
         reading.backup(writing)
         writing.execute("PRAGMA journal_mode = DELETE")  # so that the one file is all, also when it is read
+        _check_copy(writing, source)
+
+
+def _check_copy(copy: sqlite3.Connection, named: Path) -> None:
+    """Raise `DamageError` if the database or a small blob in it is damaged: a backup of damage is none."""
+    found = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise DamageError(f"'{named}' is damaged ({found}); restore the state directory from an earlier backup")
+    for digest, data in copy.execute("SELECT sha256, data FROM blobs WHERE data IS NOT NULL"):
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise DamageError(
+                f"blob {digest} in '{named}' is damaged; run `fedrt-coordinator verify` to see whose it is, and restore "
+                "the state directory from an earlier backup if that is needed"
+            )
 
 
 def _contents(database: Path, named: Path) -> tuple[str, tuple[Piece, ...]]:

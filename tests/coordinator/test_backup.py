@@ -1,5 +1,6 @@
 """Backups are whole, checked and cheap, and what is restored is what was backed up, or nothing."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -214,6 +215,30 @@ class TestBackup:
         if not linking:
             monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "")))
         with pytest.raises(DamageError, match=f"{blob.name}' {said}; restore|{blob.name}' {said}: .*restore"):
+            back_up(state, parent / "one", NOW)
+        assert os.listdir(parent) == []
+
+    def test_a_spoilt_small_tensor_is_named_too_and_nothing_is_left(self, store, state, parent):
+        commit_round(store, 5)
+        digest = tensors(4, 5)[0].sha256
+        with contextlib.closing(sqlite3.connect(state / "coordinator.db")) as database:
+            changed = "UPDATE blobs SET data = zeroblob(length(data)) WHERE sha256 = ?"
+            assert database.execute(changed, (digest,)).rowcount == 1
+            database.commit()
+        with pytest.raises(DamageError, match=f"blob {digest} in '.*coordinator.db' is damaged; run .*verify"):
+            back_up(state, parent / "one", NOW)
+        assert os.listdir(parent) == []
+
+    def test_a_damaged_database_gives_no_backup(self, store, state, parent):
+        store.close()
+        with contextlib.closing(sqlite3.connect(state / "coordinator.db")) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            page = database.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'tasks_by_round'").fetchone()[0]
+            size = database.execute("PRAGMA page_size").fetchone()[0]
+        with (state / "coordinator.db").open("r+b") as file:
+            file.seek((page - 1) * size)
+            file.write(b"\xff" * 64)
+        with pytest.raises(DamageError, match="damaged"):
             back_up(state, parent / "one", NOW)
         assert os.listdir(parent) == []
 

@@ -162,3 +162,11 @@ def test_memory_does_not_grow_with_the_silos(tmp_path, rule):
     store.close()
     assert size == 512 * 1024
     assert peak < 20 * size
+
+
+def test_a_rule_gets_the_updates_by_silo_whatever_the_order_of_the_tasks():
+    """A rule of a third party may not sort them itself."""
+    ref = packed({"context": np.ones((1, 8), np.float32)}).ref
+    tasks = [TaskRecord(silo, "e1", silo, 1, TaskKind.TRAIN, 0, tensors=ref) for silo in ("west", "north", "south")]
+    found = gather(lambda ref: memoryview(b""), tasks, None).updates
+    assert [update.silo_id for update in found] == ["north", "south", "west"]

@@ -89,6 +89,11 @@ def test_nobody_is_set_aside_where_that_cannot_be_or_is_not_wanted(rules):
     assert aside(conducts, 6) == {}
 
 
+def test_a_silo_is_set_aside_where_a_round_takes_only_some_of_all():
+    rules = RoundsSpec(9, max_silos=1, set_aside_after=1)
+    assert [one.silo_id for one in after(closed(1, b="x"), rules=rules)[1]] == ["b"]
+
+
 def test_the_end_names_who_was_missing_in_rounds_that_counted():
     conducts, _ = after(
         closed(1, a=None, b=None, absent=(("c", "not connected"),)),

@@ -338,6 +338,31 @@ def test_a_retry_needs_the_silo_that_failed_also_while_it_is_away():
     assert rounds.open_tasks(again.round) == {"e1/1/train-1/south"}
 
 
+def test_a_silo_that_was_away_and_fails_when_it_is_back_fails_like_any_other():
+    experiment, _ = begun(on_too_few=OnTooFew.RETRY, retries=2, min_results=3)
+    experiment, _ = step(experiment, ResultFailed("e1/1/train/north", "broken"), ALL_THERE, 1.0)
+    without_south = Population(EVERYBODY, frozenset({"north", "west"}))
+    again, _ = step(experiment, Tick(), without_south, 1.0 + rounds.LOST_GRACE)
+    again, _ = step(again, ResultStored("e1/1/train-1/north"), without_south, 5.0)
+    late, _ = step(again, Tick(), without_south, again.round.deadline)
+    assert (late.stage.retries, late.stage.late) == (1, frozenset())
+    failed, effects = step(late, ResultFailed("e1/1/train/south", "no disk"), ALL_THERE, 300.0)
+    assert not any(isinstance(effect, CloseRound) for effect in effects)
+    failed, effects = step(failed, Tick(), ALL_THERE, 300.0 + rounds.LOST_GRACE)
+    (close,) = (effect for effect in effects if isinstance(effect, CloseRound))
+    assert ("south", "no disk") in rounds.absentees(close.round)
+    assert {conduct.silo_id: conduct.failures for conduct in failed.conducts}["south"] == 1
+    assert failed.stage.retries == 2
+
+
+def test_a_failure_charges_no_silo_that_was_away():
+    experiment, _ = begun(on_too_few=OnTooFew.RETRY, retries=2)
+    experiment, _ = step(experiment, Tick(), Population(EVERYBODY, frozenset({"north"})), 100.0)
+    failed, _ = step(experiment, ResultFailed("e1/1/train/north", "broken"), NOBODY_THERE, 199.0)
+    failed, _ = step(failed, Tick(), NOBODY_THERE, 200.0)
+    assert (failed.stage.retries, failed.stage.failed, failed.stage.late) == (1, frozenset({"north"}), frozenset())
+
+
 def test_a_retry_asks_no_more_silos_than_the_experiment_wants():
     """Whomever the draw names: those whose work is kept count."""
     for seed in range(20):

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from coordinator.combining import initial_shared
 from coordinator.inbox import CancelOrdered, CreateOrdered, SessionOpened
 from coordinator.orchestrator import Orchestrator
+from coordinator.records import RoundClosed
 from coordinator.store import FILE_NAME, Store
 from fedrt.errors import DamageError
 from fedrt.metrics import CoordinatorMetrics
@@ -94,6 +95,24 @@ async def test_a_silo_that_holds_what_a_round_waits_for_is_told_nothing(orchestr
     assert after.told == []
 
 
+async def test_a_round_that_closes_after_a_restart_with_an_earlier_clock_took_no_negative_time(store):
+    """Counters of metrics only grow, and operators' programs read the event."""
+    for now, event in ((86_400.0, None), (0.0, CancelOrdered)):
+        orchestrator = Orchestrator(store, CoordinatorMetrics(CollectorRegistry()), lambda now=now: now)
+        await orchestrator.recover()
+        running = asyncio.create_task(orchestrator.run())
+        if event is None:
+            orchestrator.submit(opened(NotingSession("north")))
+            assert (await create(orchestrator, "e1", experiment_spec(every=0))).round is not None
+        else:
+            await order(orchestrator, event, "e1")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await orchestrator.close()
+    (closed,) = (e.event for e in store.events(0, "e1", 10) if isinstance(e.event, RoundClosed))
+    assert closed.duration == 0.0
+
+
 class FlappingSession(NotingSession):
     """As soon as it is replaced, the next one comes; time passes meanwhile."""
 
@@ -116,13 +135,12 @@ async def test_a_deadline_passes_however_many_messages_come(store):
     orchestrator.submit(opened(FlappingSession("north", orchestrator, clock, 200)))
     experiment = await create(orchestrator, "e1", experiment_spec(every=0))
     orchestrator.submit(opened(FlappingSession("north", orchestrator, clock, 200)))
-    while store.experiment("e1").end_time is None:
-        await asyncio.sleep(0)
+    while (ended := await orchestrator.in_store(store.experiment, "e1")).end_time is None:
         assert not running.done()
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await orchestrator.close()
-    assert store.experiment("e1").end_time == experiment.round.deadline
+    assert ended.end_time == experiment.round.deadline
 
 
 async def test_an_order_about_a_damaged_record_of_an_ended_experiment_is_refused_and_ends_nothing(

@@ -147,6 +147,14 @@ def test_a_blob_that_was_collected_and_damaged_since_is_not_taken_for_intact(sto
     assert store.blob(ref) == data
 
 
+def test_files_that_a_crash_left_all_go_however_many_slices_that_takes(store, directory, monkeypatch):
+    monkeypatch.setattr(retention, "SLICE_BYTES", 1)
+    for number in range(5):
+        (directory / "blobs" / f"{number:064x}").write_bytes(b"left")
+    assert collected(store, directory).file_count == 5
+    assert store.blobs.files() == []
+
+
 def test_a_blob_on_loan_survives_its_collection(store, directory):
     ref, data = tensors(LARGE)
     put(store, (ref, data))

@@ -226,6 +226,14 @@ def test_the_standing_is_that_of_trying_every_possible_end(asks, needed):
     assert standing(asks, needed) is expected
 
 
+@pytest.mark.parametrize("aggregates", [False, True])
+def test_a_round_that_has_enough_results_cancels_the_others(aggregates):
+    """Also where nothing is shared: a silo would work on, and its next task would wait behind that."""
+    round_ = replace(collecting("a", "b", needed=1), enough=1, aggregates=aggregates)
+    _, effects = step(round_, ResultStored("t-a"), 1.0)
+    assert Cancel("b", "t-b", "the round had enough results without it") in effects
+
+
 def test_a_silo_that_was_busy_and_then_refuses_is_not_offered_the_task_again():
     """Or it would work at a task that no round waits for, and that nobody cancels."""
     round_, _ = step(collecting("a", "b", needed=1), Refused("t-a", RefusalReason.BUSY, "later"), 0.0)

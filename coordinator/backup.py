@@ -96,6 +96,7 @@ def back_up(state_directory: Path, destination: Path, now: datetime) -> Backup:
     with keeping_blobs(state_directory), unfinished_directory(destination) as unfinished:
         write_atomic_by(unfinished / DATABASE, lambda path: _copy_database(state_directory / DATABASE, path))
         schema_revision, blobs = _contents(unfinished / DATABASE, state_directory / DATABASE)
+        _check_copy(unfinished / DATABASE, state_directory / DATABASE)
         copied = _Blobs(state_directory / BLOBS, earlier and earlier / BLOBS, unfinished / BLOBS)
         linked_bytes = sum(blob.byte_count for blob in blobs if copied.place(blob))
         sync_directory(unfinished / BLOBS)
@@ -200,19 +201,23 @@ def _copy_database(source: Path, target: Path) -> None:
     ):
         reading.backup(writing)
         writing.execute("PRAGMA journal_mode = DELETE")  # so that the one file is all, also when it is read
-        _check_copy(writing, source)
 
 
-def _check_copy(copy: sqlite3.Connection, named: Path) -> None:
+def _check_copy(copy: Path, named: Path) -> None:
     """Raise `DamageError` if the database or a small blob in it is damaged: a backup of damage is none."""
-    found = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if found != "ok":
-        raise DamageError(f"'{named}' is damaged ({found}); restore the state directory from an earlier backup")
-    for digest, data in copy.execute("SELECT sha256, data FROM blobs WHERE data IS NOT NULL"):
+    with Guard("read", named), contextlib.closing(sqlite3.connect(copy)) as database:
+        found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise DamageError(f"'{named}' is damaged ({found}); restore the state directory from an earlier backup")
+        _check_small_blobs(database, named)
+
+
+def _check_small_blobs(database: sqlite3.Connection, named: Path) -> None:
+    for digest, data in database.execute("SELECT sha256, data FROM blobs WHERE data IS NOT NULL"):
         if hashlib.sha256(data).hexdigest() != digest:
             raise DamageError(
-                f"blob {digest} in '{named}' is damaged; run `fedrt-coordinator verify` to see whose it is, and restore "
-                "the state directory from an earlier backup if that is needed"
+                f"blob {digest} in '{named}' is damaged; `fedrt-coordinator verify` says whose it is; restore "
+                "the state directory from an earlier backup if you need it"
             )
 
 

@@ -121,7 +121,9 @@ def readable(adapter: Any, document: str) -> Any:
 
 
 def _damage_of(store: Store, experiment: Experiment) -> Iterator[str]:
-    name, round_ = experiment.experiment_id, experiment.round
+    name, round_, stage = experiment.experiment_id, experiment.round, experiment.stage
+    asks = stage.kept if round_ is None else round_.asks  # a retry may still wait
+    aggregates = experiment.shares and stage.kind is not TaskKind.EVALUATE
     table = tables.checkpoints
     query = sa.select(table.c.document).where(table.c.experiment_id == name)
     latest = store.rows(query.order_by(table.c.round_number.desc()).limit(1))
@@ -134,15 +136,15 @@ def _damage_of(store: Store, experiment: Experiment) -> Iterator[str]:
             needed += [ref.sha256 for ref in (checkpoint.shared, checkpoint.memory) if ref]
     elif experiment.shares and experiment.stage.kind is not TaskKind.INITIALIZE:
         yield "there is no checkpoint"
-    if round_ is not None:
-        place = (tables.tasks.c.experiment_id == name) & (tables.tasks.c.round_number == round_.number)
+    if asks:
+        place = (tables.tasks.c.experiment_id == name) & (tables.tasks.c.round_number == stage.number)
         rows = store.rows(sa.select(tables.tasks.c.task_id, tables.tasks.c.document).where(place))
         documents = {row.task_id: row.document for row in rows}
-        for ask in round_.asks:
+        for ask in asks:
             task: TaskRecord | None = readable(TASK, documents.get(ask.task_id, ""))
             if task is None:
                 yield f"the record of task {ask.task_id!r} is missing or cannot be read"
-            elif ask.state is AskState.RETURNED and round_.aggregates:
+            elif ask.state is AskState.RETURNED and aggregates:
                 needed += [task.tensors.sha256] if task.tensors else []
                 if task.tensors is None:
                     yield f"task {ask.task_id!r} has no tensors"

@@ -104,6 +104,16 @@ def test_what_an_experiment_under_way_needs_keeps_from_starting(directory, store
     assert lines[1].endswith("(experiment 'active')")
 
 
+def test_what_a_retry_keeps_that_still_waits_is_needed(directory, store):
+    running = store.experiment("active")
+    waiting = replace(running, round=None, stage=replace(running.stage, kept=running.round.asks))
+    committed(store, experiments={"active": waiting})
+    check_at_start(store)
+    spoil(directory, blob_of(store, "active", "update"), "bit")
+    with pytest.raises(DamageError, match="experiments that have not ended cannot go on"):
+        check_at_start(store)
+
+
 @pytest.mark.parametrize("how", ["row", "gone", "cut"])
 @pytest.mark.parametrize("kind", ["shared", "memory", "update"])
 def test_what_only_an_ended_experiment_needs_is_one_warning(directory, store, capsys, kind, how):

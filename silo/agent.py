@@ -207,10 +207,11 @@ class Agent:
             case ledgers.Promote(task_id):
                 await self._promote(task_id)
             case ledgers.Forget(task_id):
+                accepted = self._accepted.get(task_id)
                 was_running = await self._stop_work(task_id)
                 await self._drop(task_id)
-                if was_running:  # otherwise, what an earlier run left of it may be of use when it is offered again
-                    await self._stores.abandon(task_id)
+                if was_running and accepted:  # otherwise an earlier run's may be of use when the task is offered again
+                    await self._stores.abandon(accepted.task)
 
     # ---- offers
 

@@ -1,4 +1,4 @@
-"""Where the checkpoints of tasks lie, one file each; the daemon's half, which removes them. The worker writes them.
+"""Where the checkpoints of work lie, one file each; the daemon's half, which removes them. The worker writes them.
 
 Nothing depends on them but time: whoever loses one starts its task again.
 """
@@ -20,13 +20,13 @@ class CheckpointDirectory:
         remove_unfinished(directory)
         self._directory = directory
 
-    def path(self, task_id: str) -> Path:
-        """The file of a task, there or not."""
-        return self._directory / f"{sha256(task_id.encode()).hexdigest()[:40]}.safetensors"
+    def path(self, work: str) -> Path:
+        """The file of a piece of work, there or not."""
+        return self._directory / f"{sha256(work.encode()).hexdigest()[:40]}.safetensors"
 
-    def remove(self, task_id: str) -> None:
-        """Remove the file of a task that has ended, and what a killed worker left of it. Raises `StorageError`."""
-        path = self.path(task_id)
+    def remove(self, work: str) -> None:
+        """Remove the file of work that has ended, and what a killed worker left of it. Raises `StorageError`."""
+        path = self.path(work)
         try:
             path.unlink(missing_ok=True)
             for left in self._directory.glob(f".{path.name}.*.new"):

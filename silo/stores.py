@@ -11,15 +11,17 @@ from collections.abc import Callable
 import structlog
 
 from fedrt.complaint import Complaint
-from fedrt.errors import DamageError, StorageError
+from fedrt.errors import DamageError, FailureReason, StorageError
 from fedrt.metrics import SiloMetrics
-from fedrt.task import Task, TaskKind
+from fedrt.task import Failure, Task, TaskKind
 from fedrt.tensors import Tensors
 from silo.checkpoint_directory import CheckpointDirectory
 from silo.spool import Spool, Spooled
 from silo.vault import Vault
 
 DISK_RETRY_DELAY = 2.0  # seconds between attempts while the disk refuses
+# What the next attempt of a round may do better from where this one stopped: so a slow site gets there in the end.
+GOES_ON = (FailureReason.TIME_LIMIT, FailureReason.OUT_OF_MEMORY)
 
 
 class Stores:
@@ -39,7 +41,7 @@ class Stores:
 
     def checkpoint(self, task: Task) -> str:
         """The path of the file that the work of a task goes on from, or empty for work that takes no epochs."""
-        return str(self._checkpoints.path(task.task_id)) if task.kind is TaskKind.TRAIN else ""
+        return str(self._checkpoints.path(_work_of(task))) if task.kind is TaskKind.TRAIN else ""
 
     async def private(self, task: Task) -> Tensors:
         """The private tensors that a task begins from, once the disk can be read. Raises `DamageError`."""
@@ -60,11 +62,11 @@ class Stores:
             return found
 
     async def keep(self, spooled: Spooled) -> None:
-        """Return once the result is durable; its checkpoint is then of no more use."""
+        """Return once the result is durable; its checkpoint is then of no more use, unless the next attempt goes on."""
 
         def put() -> None:
             self._spool.put(spooled)
-            self._end(spooled.task_id)
+            self._settle(spooled)
 
         await self._until_durable(put)
 
@@ -84,9 +86,9 @@ class Stores:
 
         await self._until_durable(remove)
 
-    async def abandon(self, task_id: str) -> None:
+    async def abandon(self, task: Task) -> None:
         """Remove the checkpoint of a task that has ended without a result."""
-        await asyncio.to_thread(self._end, task_id)
+        await asyncio.to_thread(self._end, _work_of(task))
 
     async def _until_durable(self, write: Callable[[], None]) -> None:
         while True:
@@ -104,15 +106,20 @@ class Stores:
     def _look(self) -> list[Spooled]:
         found = self._spool.load()
         for spooled in found:
-            self._end(spooled.task_id)  # the daemon may have died in between
+            self._settle(spooled)  # the daemon may have died in between
         self._count()
         self._sweep()
         return found
 
-    def _end(self, task_id: str) -> None:
+    def _settle(self, spooled: Spooled) -> None:
+        outcome = spooled.outcome
+        if not isinstance(outcome, Failure) or outcome.reason not in GOES_ON:
+            self._end(_work_of(spooled))
+
+    def _end(self, work: str) -> None:
         self._count()
         try:
-            self._checkpoints.remove(task_id)
+            self._checkpoints.remove(work)
         except StorageError as error:
             self._log.warning("the checkpoint of a task that has ended stays where it is", reason=str(error))
         self._sweep()
@@ -129,3 +136,8 @@ class Stores:
             count, size = self._spool.size()
             self._metrics.spool_results.set(count)
             self._metrics.spool_bytes.set(size)
+
+
+def _work_of(task: Task | Spooled) -> str:
+    """What all attempts of a round have in common: a silo's work in it, which gives the same bits in each."""
+    return f"{task.experiment_id}/{task.round_number}/{task.kind.value}"

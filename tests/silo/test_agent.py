@@ -468,8 +468,9 @@ async def test_an_offer_of_more_than_the_method_declares_is_refused_before_a_byt
     )
 
 
-def checkpoint(site: Site, task_id: str) -> Path:
-    return site.checkpoints.path(task_id)
+def checkpoint(site: Site) -> Path:
+    """Of the work of round 1, in whichever attempt."""
+    return site.checkpoints.path("e1/1/train")
 
 
 async def begun(site: Site, task: Task) -> None:
@@ -480,8 +481,8 @@ async def begun(site: Site, task: Task) -> None:
     await site.session.next()
     site.tensors(task.task_id)
     await asyncio.wait_for(site.worker.began.wait(), LIMIT)
-    assert site.worker.orders[-1].checkpoint == str(checkpoint(site, task.task_id))
-    checkpoint(site, task.task_id).write_bytes(b"a checkpoint")
+    assert site.worker.orders[-1].checkpoint == str(checkpoint(site))
+    checkpoint(site).write_bytes(b"a checkpoint")
 
 
 @pytest.mark.parametrize("outcome", ["success", "failure", "cancelled", "obsolete"])
@@ -500,7 +501,25 @@ async def test_a_checkpoint_goes_when_its_task_has_ended_for_good(site: Site, ou
         await asyncio.wait_for(site.agent.idle(), LIMIT)
     else:
         await site.session.next()
-    assert not checkpoint(site, "t1").exists()  # before the result leaves
+    assert not checkpoint(site).exists()  # before the result leaves
+
+
+@pytest.mark.parametrize("reason", [FailureReason.TIME_LIMIT, FailureReason.OUT_OF_MEMORY])
+async def test_work_that_ran_out_of_time_or_memory_goes_on_in_the_next_attempt(site: Site, reason: FailureReason):
+    await begun(site, offered())
+    site.worker.behave = failing(WorkError(reason, "too slow, or too large"))
+    site.worker.gate.set()
+    result, _ = await site.session.next()
+    assert isinstance(result.outcome, Failure)
+    await site.restart()
+    assert checkpoint(site).exists()
+    site.worker.behave, site.worker.gate = counting, None
+    site.connect()
+    await site.session.next()
+    site.agent.submit(VerdictArrived("t1", Verdict.ACCEPTED))
+    await site.do(offered("t1-again"))
+    assert site.worker.orders[-1].checkpoint == str(checkpoint(site))
+    assert not checkpoint(site).exists()
 
 
 async def test_a_checkpoint_outlives_the_daemon_and_the_task_goes_on_with_it(site: Site):
@@ -515,21 +534,21 @@ async def test_a_checkpoint_outlives_the_daemon_and_the_task_goes_on_with_it(sit
     site.agent.submit(SessionDown(site.session))  # its tensors never came
     site.connect()
     await site.settled()
-    assert checkpoint(site, "t1").exists()
+    assert checkpoint(site).exists()
     await site.do(offered())
-    assert site.worker.orders[-1].checkpoint == str(checkpoint(site, "t1"))
-    assert not checkpoint(site, "t1").exists()
+    assert site.worker.orders[-1].checkpoint == str(checkpoint(site))
+    assert not checkpoint(site).exists()
 
 
 async def test_a_checkpoint_whose_result_is_in_the_spool_goes_at_the_next_start(site: Site):
     await site.do(offered())
-    checkpoint(site, "t1").write_bytes(b"the daemon died in between")
+    checkpoint(site).write_bytes(b"the daemon died in between")
     await site.restart()
-    assert not checkpoint(site, "t1").exists()
+    assert not checkpoint(site).exists()
 
 
 async def test_a_checkpoint_that_cannot_be_removed_holds_nothing_up(site: Site):
-    checkpoint(site, "t1").mkdir()
+    checkpoint(site).mkdir()
     assert isinstance((await site.do(offered()))[0].outcome, Success)
 
 

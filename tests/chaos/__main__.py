@@ -19,18 +19,20 @@ from typing import Any
 
 def main(no_disks: str) -> int:
     """Run; returns the exit code."""
-    from tests.chaos.run import Plan, chaos  # imports grpc, which starts threads
+    from tests.chaos.run import DEFAULT_SPECS, Plan, chaos  # imports grpc, which starts threads
 
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long faults strike")
     parser.add_argument("--seed", type=int, default=None, help="of the schedule; drawn if not set")
     parser.add_argument("--json", type=Path, default=None, help="write the report into this file, too")
-    parser.add_argument("--specs", default="transport,momentum,large,pair,median", help="which experiments")
+    parser.add_argument("--specs", default=",".join(DEFAULT_SPECS), help="which experiments")
     parser.add_argument(
         "--clip", action=argparse.BooleanOptionalAction, default=True, help="silos with the real worker"
     )
     parser.add_argument("--keep", action="store_true", help="keep logs and an account also if nothing is wrong")
     options = parser.parse_args()
+    if unknown := set(options.specs.split(",")) - set(DEFAULT_SPECS):
+        parser.error(f"--specs: {min(unknown)!r} is no experiment; there are {', '.join(DEFAULT_SPECS)}")
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # broken connections are what this is about
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
     print(f"chaos for {options.minutes:g} minutes with seed {seed}", file=sys.stderr)

@@ -169,13 +169,14 @@ class Faults:
             case Occasion.CUT:
                 self.proxies[other if target == COORDINATOR else target].cut()
             case Occasion.CREATE:
-                await self.pool.create(chance.choice(["pair", "transport"]), is_doomed=False)
+                await self.pool.create(chance.choice(self.pool.among("pair", "transport")), is_doomed=False)
             case Occasion.CANCEL:
-                doomed = await self.pool.create("transport", is_doomed=True)
+                doomed = await self.pool.create(self.pool.among("transport")[0], is_doomed=True)
                 await asyncio.sleep(chance.uniform(0.0, 1.0))
                 await self.pool.cancel(doomed)
-            case Occasion.LARGE if not any(one.spec_name == "large" for one in self.pool.active):
-                await self.pool.create("large")
+            case Occasion.LARGE if "large" in self.pool.specs:
+                if not any(one.spec_name == "large" for one in self.pool.active):
+                    await self.pool.create("large")
             case _:
                 pass
 

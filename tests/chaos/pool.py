@@ -29,6 +29,10 @@ class Pool:
         """Those that have not ended."""
         return [history for history in self.watcher.histories.values() if not history.has_ended]
 
+    def among(self, *names: str) -> list[str]:
+        """Those of these experiments that this run has, or else all that it has."""
+        return [name for name in names if name in self.specs] or list(self.specs)
+
     async def keep(self, clock_is_over: asyncio.Event) -> None:
         """Keep several going until the time is over."""
         while not clock_is_over.is_set():

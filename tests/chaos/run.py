@@ -30,6 +30,7 @@ from tests.chaos.watching import History
 
 NUMPY_SILOS = ("north", "south", "west")
 CLIP_SILOS = ("clinic-a", "clinic-b")
+DEFAULT_SPECS = ("transport", "momentum", "large", "pair", "median")
 IN_FLIGHT = 4  # faults at the same time
 LONG_RUN = 3.0  # minutes from which on faults also strike alone, to be measured
 ALONE_SHARE = 0.3  # of the time, at most, for that
@@ -46,7 +47,7 @@ class Plan:
     minutes: float
     seed: int
     with_clip: bool = False
-    specs: tuple[str, ...] = ("transport", "momentum", "large", "pair", "median")
+    specs: tuple[str, ...] = DEFAULT_SPECS
     keep: bool = False  # the directory with logs and an account, also if nothing is wrong
 
 
